@@ -1,0 +1,1 @@
+"""On-Policy Self-Distillation of Qwen3 with Megatron-Core and vLLM."""
