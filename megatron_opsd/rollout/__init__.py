@@ -1,0 +1,1 @@
+"""The engine that writes the student's answers, and how it gets the student's weights."""

@@ -1,0 +1,107 @@
+"""Save and resume: student, optimizer, schedule, sampler, step and the teacher's identity, in any layout.
+
+Random numbers need no saving: every step draws from generators seeded by (seed, step, sample).
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.optimizer import MegatronOptimizer
+
+from megatron_opsd.errors import UserError
+from megatron_opsd.model import HiddenStateGPT
+
+# The format that any layout can load; gathering on one rank per model shard at a time.
+_OPTIMIZER_FORMAT = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a run needs beside weights and optimizer states to go on."""
+
+    step: int
+    sampler: dict[str, Any]
+    teacher: str
+
+
+def checkpoint_dir(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step_{step:06d}"
+
+
+def save(run_dir: Path, model: HiddenStateGPT, optimizer: MegatronOptimizer, progress: Progress) -> Path:
+    """Write a checkpoint; it gets its name only when it is complete. All ranks call this."""
+    target = checkpoint_dir(run_dir, progress.step)
+    staging = target.with_name(f".{target.name}.tmp")
+    if dist.get_rank() == 0:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(_state(model, optimizer, loading=False), str(staging), content_metadata=_OPTIMIZER_FORMAT)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        (staging / "progress.json").write_text(json.dumps(vars(progress)))
+        shutil.rmtree(target, ignore_errors=True)
+        staging.rename(target)
+    dist.barrier()
+    return target
+
+
+def load(path: Path, model: HiddenStateGPT, optimizer: MegatronOptimizer, teacher: str) -> Progress:
+    """Fill student and optimizer from a checkpoint written by any layout.
+
+    Raises:
+        UserError: not a complete checkpoint, or its teacher is not this run's (``teacher``: its identity).
+    """
+    progress = read_progress(path)
+    if progress.teacher != teacher:
+        raise UserError(
+            f"{path}: was trained with the teacher {progress.teacher[:16]}, but model.path holds {teacher[:16]}; "
+            "resume with the model the run started from"
+        )
+    state = dist_checkpointing.load(_state(model, optimizer, loading=True), str(path))
+    model.load_state_dict(
+        {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}, strict=False
+    )
+    optimizer.load_state_dict(state["optimizer"])
+    return progress
+
+
+def read_progress(path: Path) -> Progress:
+    file = path / "progress.json"
+    if not file.is_file():
+        raise UserError(f"{path}: not a complete checkpoint (no progress.json)")
+    return Progress(**json.loads(file.read_text()))
+
+
+def find(run_dir: Path, resume: str) -> Path | None:
+    """The checkpoint that ``checkpoint.resume`` names: none, the newest complete one, or a directory.
+
+    Raises:
+        UserError: a named directory that is no complete checkpoint.
+    """
+    if resume == "never":
+        return None
+    if resume == "auto":
+        complete = sorted(run_dir.glob("checkpoints/step_*/progress.json"))
+        return complete[-1].parent if complete else None
+    read_progress(Path(resume))
+    return Path(resume)
+
+
+def _state(model: HiddenStateGPT, optimizer: MegatronOptimizer, loading: bool) -> dict[str, Any]:
+    state: dict[str, Any] = model.sharded_state_dict(prefix="model.")
+    optimizer_state = optimizer.sharded_state_dict(
+        state,
+        is_loading=loading,
+        metadata=_OPTIMIZER_FORMAT,  # type: ignore[call-arg]
+    )
+    return {**state, "optimizer": optimizer_state}

@@ -1,0 +1,73 @@
+"""The command line: ``opsd``, or ``python -m megatron_opsd`` under torchrun."""
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_opsd.config import Config, add_overrides, fields, load_config
+from megatron_opsd.errors import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command. A :class:`UserError` becomes one line on stderr and exit status 2."""
+    parser = argparse.ArgumentParser(prog="opsd", description="On-Policy Self-Distillation of Qwen3.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (help_text, _) in COMMANDS.items():
+        command = commands.add_parser(name, help=help_text, description=help_text)
+        command.add_argument("config", metavar="FILE.toml", help="the run's configuration")
+        if name == "check":
+            command.add_argument("--world-size", type=int, help="ranks of the run, where known")
+        if name == "evaluate":
+            command.add_argument("--out", type=Path, help="write the responses to this JSONL")
+        add_overrides(command)
+    options = vars(parser.parse_args(arguments))
+    overrides = {name: options.pop(name) for name in fields() if name in options}
+    warnings.filterwarnings("ignore", module=r"megatron\.core|torch")  # at import: what a machine does not have
+    try:
+        config = load_config(options["config"], overrides)
+        COMMANDS[options["command"]][1](config, argparse.Namespace(**options))
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"opsd: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _train(config: Config, _: argparse.Namespace) -> None:
+    from megatron_opsd.preflight import check
+
+    check(config, _world_size())
+    from megatron_opsd.trainer import train
+
+    train(config)
+
+
+def _check(config: Config, options: argparse.Namespace) -> None:
+    from megatron_opsd.preflight import check
+
+    check(config, options.world_size)
+    print(f"{options.config}: no mistakes found")
+
+
+def _evaluate(config: Config, options: argparse.Namespace) -> None:
+    if config.evaluate.data is None:
+        raise UserError("evaluate.data.path is missing; set it in the file or with --evaluate.data.path")
+    from megatron_opsd.preflight import check
+
+    check(config, _world_size(), train=False)
+    from megatron_opsd.evaluate import evaluate_checkpoint
+
+    evaluate_checkpoint(config, options.out)
+
+
+COMMANDS = {
+    "train": ("Train a model. Run under torchrun, one process a GPU.", _train),
+    "check": ("Find mistakes in a configuration without starting anything.", _check),
+    "evaluate": ("Greedy accuracy and Avg@k of a Hugging Face directory (model.path) on evaluate.data.", _evaluate),
+}

@@ -1,0 +1,322 @@
+"""The whole configuration of a run: one frozen, strict schema, read from TOML with dotted overrides.
+
+The string under each field is its ``--help``. This module imports no torch, so that mistakes show at once.
+"""
+
+import argparse
+import difflib
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from megatron_opsd.errors import UserError
+from megatron_opsd.prompts import STUDENT_TEMPLATE, TEACHER_TEMPLATE
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    path: str
+    """Hugging Face directory of the model: config.json, safetensors, tokenizer. Student and teacher start here."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of the parameters and activations. Gradients and optimizer states are float32 either way."""
+    recompute: Literal["none", "full"] = "none"
+    """`full` keeps one activation a layer and computes the rest again in the backward pass."""
+
+
+class TeacherConfig(Section):
+    placement: Literal["resident", "offload"] = "resident"
+    """`offload` keeps the teacher's weights in pinned host memory while it is not scoring."""
+
+
+class ParallelConfig(Section):
+    tensor_model_parallel_size: Positive = 1
+    """Ranks that share each weight matrix."""
+    pipeline_model_parallel_size: Positive = 1
+    """Ranks that share the layers. What remains of the world size is data parallel."""
+    sequence_parallel: bool = False
+    """Also split the norms' activations over the tensor-parallel ranks."""
+    timeout_minutes: Positive = 30
+    """A collective that waits longer than this ends the run."""
+
+
+class DataConfig(Section):
+    path: str
+    """JSONL, JSON or parquet file, or a dataset's id on the Hugging Face hub."""
+    split: str = "train"
+    """Split of a dataset from the hub."""
+    problem_column: str = "problem"
+    """Column with the problem."""
+    solution_column: str = "solution"
+    """Column with the worked reference solution, which only the teacher sees."""
+    answer_column: str | None = None
+    """Column with the final answer. Without one it is read from the solution (last \\boxed{}, or `#### 72`)."""
+    max_problem_tokens: Positive = 2048
+    """Rows with a longer problem are dropped and counted."""
+    max_solution_tokens: Positive = 8192
+    """Rows with a longer solution are dropped and counted."""
+
+
+class PromptsConfig(Section):
+    student_template: str = STUDENT_TEMPLATE
+    """The student's user turn; {problem} is replaced."""
+    teacher_template: str = TEACHER_TEMPLATE
+    """The teacher's user turn; {problem} and {solution} are replaced."""
+    student_thinking: bool = False
+    """`enable_thinking` of the student's chat template."""
+    teacher_thinking: bool = True
+    """`enable_thinking` of the teacher's chat template."""
+    teacher_prefix: str = ""
+    """Text put between the teacher's prompt and the response, such as an empty think block."""
+    skip_first_tokens: NonNegative = 0
+    """Response tokens at the start that are not trained on."""
+
+
+class RolloutConfig(Section):
+    tensor_model_parallel_size: Positive = 1
+    """vLLM's tensor-parallel size: any divisor of the world size, whatever Megatron's layout."""
+    max_response_tokens: Positive = 1024
+    """The student's answer is cut here."""
+    temperature: Annotated[float, Field(ge=0)] = 1.1
+    """Sampling temperature of the training rollouts."""
+    top_p: Fraction = 0.95
+    """Nucleus sampling: the smallest set of tokens with this probability."""
+    top_k: Annotated[int, Field(ge=-1)] = 20
+    """Sample among this many tokens; -1 for all."""
+    samples_per_prompt: Positive = 1
+    """Answers to each problem in a step."""
+    gpu_memory_utilization: Fraction = 0.5
+    """Share of the GPU that vLLM may use (weights and KV cache)."""
+    kv_cache_gib: Annotated[float, Field(gt=0)] = 1.0
+    """KV cache of each rank on CPU, in GiB. On a GPU gpu_memory_utilization decides."""
+    max_num_seqs: Positive = 256
+    """Sequences that vLLM decodes at once."""
+    enforce_eager: bool = False
+    """Run vLLM without CUDA graphs. CPU always does."""
+    refit_bucket_mib: Annotated[float, Field(gt=0)] = 512
+    """Weights travel to vLLM in buckets of this size."""
+    refit_verify_interval: NonNegative = 1
+    """Steps between checks of the refitted weights (checksums, and log-probs against Megatron's); 0 for none."""
+    refit_max_logprob_gap: Annotated[float, Field(gt=0)] | None = None
+    """Largest mean difference of log-probs in that check. Default: 1e-3 for float32, 0.05 for bfloat16."""
+
+
+class ObjectiveConfig(Section):
+    kind: Literal["jsd", "forward_kl", "reverse_kl"] = "jsd"
+    """The divergence between the teacher's and the student's next-token distributions."""
+    beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """The teacher's weight in the mixture of `jsd`."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Both distributions are softmax(logits / temperature)."""
+    clip_mode: Literal["none", "entry", "token", "saturate"] = "entry"
+    """What is clipped: nothing, each vocabulary entry, the token's sum, or each entry softly."""
+    clip: Annotated[float, Field(gt=0)] = 0.2
+    """Size of the clip; 0.2 suits jsd, the paper's 0.05 its forward KL at 1.7B and 4B."""
+    normalization: Literal["token", "sequence"] = "token"
+    """Mean over all response tokens of the global batch, or mean of the sequences' means."""
+    chunk_size: Positive = 2048
+    """Tokens whose logits exist at one time."""
+
+
+class OptimConfig(Section):
+    lr: Annotated[float, Field(gt=0)] = 1e-6
+    """Peak learning rate. The paper's 5e-6 is for LoRA; full-parameter runs want less."""
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Learning rate at the end of the decay."""
+    warmup_steps: NonNegative = 5
+    """Steps of linear warm-up."""
+    decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate falls after the warm-up, over train.steps."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of Adam's first moment."""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Decay of Adam's second moment."""
+    adam_eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Adam's denominator offset."""
+    clip_grad: Annotated[float, Field(ge=0)] = 1.0
+    """Largest global gradient norm; 0 to leave it alone."""
+    use_distributed_optimizer: bool = True
+    """Shard the optimizer's states over the data-parallel ranks."""
+
+
+class TrainConfig(Section):
+    steps: Positive = 100
+    """Optimizer steps of the run."""
+    global_batch_size: Positive = 32
+    """Sequences in a step, over all data-parallel ranks: problems times rollout.samples_per_prompt."""
+    micro_batch_size: Positive = 1
+    """Sequences a rank computes at once."""
+    seed: int = 0
+    """Seed of the sampler and of every rollout."""
+
+
+class CheckpointConfig(Section):
+    save_interval: NonNegative = 50
+    """Steps between checkpoints; 0 for none. The last step is always saved unless 0."""
+    resume: str = "never"
+    """`never`, `auto` (the newest complete checkpoint of the run directory, if any) or a checkpoint's directory."""
+    export_hf: bool = True
+    """Write the trained model as a Hugging Face directory at the end."""
+
+
+class LoggingConfig(Section):
+    run_dir: str = "runs/opsd"
+    """Folder for the resolved config, metrics, logs, rollouts, checkpoints and the exported model."""
+    tensorboard: bool = True
+    """Also write TensorBoard events."""
+    rollouts_interval: NonNegative = 10
+    """Steps between samples of rollouts written to run_dir/rollouts; 0 for none."""
+
+
+class EvaluateConfig(Section):
+    data: DataConfig | None = None
+    """Problems to evaluate on ([evaluate.data], the fields of [data])."""
+    interval: NonNegative = 0
+    """Training steps between evaluations; 0 for none. When on, also before the first and after the last step."""
+    limit: Positive | None = None
+    """Only the first problems of the file."""
+    samples: Positive = 1
+    """Sampled answers to each problem (the k of Avg@k)."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Temperature of the sampled answers."""
+    top_p: Fraction = 1.0
+    """Nucleus sampling of the sampled answers."""
+    top_k: Annotated[int, Field(ge=-1)] = -1
+    """Sample among this many tokens; -1 for all."""
+    max_response_tokens: Positive | None = None
+    """Default: rollout.max_response_tokens."""
+    answer_check: Literal["math_verify", "exact"] = "math_verify"
+    """How an answer is compared with the reference."""
+
+
+class Config(Section):
+    model: ModelConfig
+    """[model]"""
+    data: DataConfig
+    """[data]"""
+    teacher: TeacherConfig = TeacherConfig()
+    """[teacher]"""
+    parallel: ParallelConfig = ParallelConfig()
+    """[parallel]"""
+    prompts: PromptsConfig = PromptsConfig()
+    """[prompts]"""
+    rollout: RolloutConfig = RolloutConfig()
+    """[rollout]"""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """[objective]"""
+    optim: OptimConfig = OptimConfig()
+    """[optim]"""
+    train: TrainConfig = TrainConfig()
+    """[train]"""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """[checkpoint]"""
+    logging: LoggingConfig = LoggingConfig()
+    """[logging]"""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """[evaluate]"""
+
+
+def fields(schema: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> pydantic field of every setting below ``schema``."""
+    found: dict[str, Any] = {}
+    for name, field in schema.model_fields.items():
+        section = _section_of(field.annotation)
+        if section is None:
+            found[prefix + name] = field
+        else:
+            found |= fields(section, f"{prefix}{name}.")
+    return found
+
+
+def _section_of(annotation: Any) -> type[Section] | None:
+    for candidate in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(candidate, type) and issubclass(candidate, Section):
+            return candidate
+    return None
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Give ``parser`` one ``--section.key`` option for every field, with the field's docstring as its help."""
+    group = parser.add_argument_group("settings that override the file")
+    for name, field in fields().items():
+        default = "required" if field.is_required() else json.dumps(field.default)
+        text = f"{field.description} ({default if len(default) < 60 else 'default: see the docs'})"
+        group.add_argument(f"--{name}", metavar="VALUE", help=text.replace("%", "%%"), default=argparse.SUPPRESS)
+
+
+def load_config(path: str, overrides: dict[str, str]) -> Config:
+    """Read a TOML file, lay dotted ``overrides`` over it and validate the result.
+
+    Raises:
+        UserError: unreadable file, unknown key (with the nearest valid one), wrong type or range.
+    """
+    try:
+        raw = tomllib.loads(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the configuration ({error.strerror})") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from error
+    for name, text in overrides.items():
+        _set(raw, name, text)
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(_explain(error, path, overrides)) from error
+
+
+def _set(raw: dict[str, Any], name: str, text: str) -> None:
+    *sections, key = name.split(".")
+    for section in sections:
+        raw = raw.setdefault(section, {})
+    try:
+        raw[key] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        raw[key] = None if text.lower() == "none" else text  # an unquoted string
+
+
+def _explain(error: ValidationError, path: str, overrides: dict[str, str]) -> str:
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    where = f"--{name}" if name in overrides else f"{path}: {name}"
+    if first["type"] == "extra_forbidden":
+        known = [*fields(), *{key.rpartition(".")[0] for key in fields()} - {""}]
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+        return f"{where}: unknown key; the nearest valid one is {nearest}"
+    if first["type"] == "missing":
+        return f"{where}: missing; set it in the file or with --{name}"
+    return f"{where} = {first['input']!r}: {first['msg']}"
+
+
+def dump_toml(config: Config) -> str:
+    """The resolved configuration as TOML that :func:`load_config` reads back to the same values.
+
+    TOML has no null: a field that is None is left out, so None may only ever be a field's default.
+    """
+    lines: list[str] = []
+
+    def write(section: dict[str, Any], prefix: str) -> None:
+        lines.append(f"[{prefix}]")
+        lines.extend(
+            f"{key} = {json.dumps(value, ensure_ascii=False)}"
+            for key, value in section.items()
+            if value is not None and not isinstance(value, dict)
+        )
+        lines.append("")
+        for key, value in section.items():
+            if isinstance(value, dict):
+                write(value, f"{prefix}.{key}")
+
+    for name, section in config.model_dump().items():
+        write(section, name)
+    return "\n".join(lines)

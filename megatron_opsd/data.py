@@ -1,0 +1,273 @@
+"""Problems with reference solutions: reading them from files or the Hugging Face hub, and drawing batches of them."""
+
+import hashlib
+import json
+import logging
+import random
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_opsd.config import DataConfig
+from megatron_opsd.errors import UserError
+from megatron_opsd.grading import reference_answer
+from megatron_opsd.types import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+_FILE_TYPES = (".jsonl", ".json", ".parquet")
+_TOKENIZE_AT_ONCE = 1024  # examples; bounds the memory that their token ids take
+
+# A row with the place where a person finds it, as an error message should name it.
+_PlacedRow = tuple[str, Mapping[str, Any]]
+
+
+def read_examples(config: DataConfig, tokenizer: "PreTrainedTokenizerBase", section: str = "data") -> list[Example]:
+    """Read the examples within the token limits, in the order of the data; log how many were dropped.
+
+    `section` is the configuration section that errors name. Raises `UserError` as `load_examples` and `drop_long` do.
+    """
+    examples = load_examples(config, section)
+    return drop_long(examples, tokenizer, config.max_problem_tokens, config.max_solution_tokens, section)[0]
+
+
+def load_examples(config: DataConfig, section: str = "data") -> list[Example]:
+    """Read all examples in the order of the data.
+
+    Raises `UserError` when the data cannot be read, a column is missing, or a row has no problem or no solution.
+    """
+    examples: list[Example] = []
+    faults: list[str] = []
+    for index, (place, row) in enumerate(_rows(config, section)):
+        if index == 0:
+            _check_columns(config, section, row)
+        empty = [column for column in (config.problem_column, config.solution_column) if not _is_text(row.get(column))]
+        if empty:
+            faults.append(f"{place}: no text in column '{empty[0]}'")
+        else:
+            examples.append(_example(config, index, row))
+    if faults:
+        others = f" (and {len(faults) - 1} more such rows)" if len(faults) > 1 else ""
+        raise UserError(f"{faults[0]}{others}: fill it in or delete the row")
+    if not examples:
+        raise UserError(f"{section}.path = '{config.path}': no rows, give data with at least one example")
+    return examples
+
+
+def check_data(config: DataConfig, section: str = "data") -> None:
+    """Raise `UserError` unless the data opens and its first row has the columns. Reads no further than that row."""
+    first = next(_rows(config, section, preview=True), None)
+    if first is None:
+        raise UserError(f"{section}.path = '{config.path}': no rows, give data with at least one example")
+    _check_columns(config, section, first[1])
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """How many examples were over a token limit; one over both counts as a long problem."""
+
+    long_problems: int
+    long_solutions: int
+
+
+def drop_long(
+    examples: Sequence[Example],
+    tokenizer: "PreTrainedTokenizerBase",
+    max_problem_tokens: int,
+    max_solution_tokens: int,
+    section: str = "data",
+) -> tuple[list[Example], Dropped]:
+    """Keep the examples whose texts are within the limits (in tokens, the prompt's own text aside).
+
+    Raises `UserError` when none is left.
+    """
+    kept, long_problems, long_solutions = [], 0, 0
+    for start in range(0, len(examples), _TOKENIZE_AT_ONCE):
+        some = examples[start : start + _TOKENIZE_AT_ONCE]
+        problem_fits = _fits(tokenizer, [example.problem for example in some], max_problem_tokens)
+        solution_fits = _fits(tokenizer, [example.solution for example in some], max_solution_tokens)
+        for example, problem_ok, solution_ok in zip(some, problem_fits, solution_fits, strict=True):
+            if not problem_ok:
+                long_problems += 1
+            elif not solution_ok:
+                long_solutions += 1
+            else:
+                kept.append(example)
+    limits = (
+        f"{section}.max_problem_tokens = {max_problem_tokens}, {section}.max_solution_tokens = {max_solution_tokens}"
+    )
+    counts = f"{long_problems} of {len(examples)} examples have too long a problem, {long_solutions} a solution"
+    if examples and not kept:
+        raise UserError(f"{limits}: {counts}, and none is left; raise the limits")
+    logger.info("%s: %s; %d are kept", limits, counts, len(kept))
+    return kept, Dropped(long_problems, long_solutions)
+
+
+class Sampler:
+    """Draws batches of examples without end, each epoch in an order of its own.
+
+    The order follows from the seed and the epoch's number alone, so it is the same on every rank and for every
+    parallel layout, and a resumed run goes on where it stopped, even with another batch size. A batch that reaches the
+    end of an epoch is filled up from the next one.
+    """
+
+    def __init__(self, examples: Sequence[Example], seed: int) -> None:
+        if not examples:
+            raise ValueError("a sampler needs at least one example")
+        self._examples = examples
+        self._seed = seed
+        self._digest = _digest(examples)
+        self._start_epoch(0)
+
+    @property
+    def epoch(self) -> int:
+        """Number of the current pass over the data, from 0."""
+        return self._epoch
+
+    def next_batch(self, size: int) -> list[Example]:
+        """Return the next `size` examples."""
+        batch: list[Example] = []
+        while len(batch) < size:
+            if self._position == len(self._order):
+                self._start_epoch(self._epoch + 1)
+            drawn = self._order[self._position : self._position + size - len(batch)]
+            batch += [self._examples[index] for index in drawn]
+            self._position += len(drawn)
+        return batch
+
+    def state_dict(self) -> dict[str, int | str]:
+        """Return where the sampler stands, and what identifies its data, as plain JSON values."""
+        return {"epoch": self._epoch, "position": self._position, **self._identity()}
+
+    def load_state_dict(self, state: Mapping[str, int | str]) -> None:
+        """Go on from where a sampler over the same data stood. Raises `UserError` for other data or another seed."""
+        for name, now in self._identity().items():
+            if state[name] != now:
+                raise UserError(
+                    f"cannot resume: the checkpoint's sampler had {name} {state[name]}, this run has {now}; "
+                    "use the first run's data, limits and seed, or start a new run directory"
+                )
+        self._start_epoch(int(state["epoch"]))
+        self._position = int(state["position"])
+
+    def _identity(self) -> dict[str, int | str]:
+        return {"seed": self._seed, "examples": len(self._examples), "digest": self._digest}
+
+    def _start_epoch(self, epoch: int) -> None:
+        self._epoch, self._position = epoch, 0
+        self._order = list(range(len(self._examples)))
+        # A text seed is hashed by Python in a fixed way, on every machine and in every process.
+        random.Random(f"seed {self._seed} epoch {epoch}").shuffle(self._order)
+
+
+def _digest(examples: Sequence[Example]) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps([example.problem, example.solution]).encode())
+    return digest.hexdigest()[:16]
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _example(config: DataConfig, index: int, row: Mapping[str, Any]) -> Example:
+    problem, solution = row[config.problem_column].strip(), row[config.solution_column].strip()
+    if config.answer_column is None:
+        return Example(index, problem, solution, reference_answer(solution))
+    value = row.get(config.answer_column)
+    answer = "" if value is None else str(value).strip()
+    # Some data sets box the answer, or repeat the whole solution in that column.
+    return Example(index, problem, solution, reference_answer(answer) or answer or None)
+
+
+def _check_columns(config: DataConfig, section: str, row: Mapping[str, Any]) -> None:
+    for field, column in (
+        ("problem_column", config.problem_column),
+        ("solution_column", config.solution_column),
+        ("answer_column", config.answer_column),
+    ):
+        if column is not None and column not in row:
+            raise UserError(
+                f"{section}.{field} = '{column}': {config.path} has no such column; "
+                f"choose one of {', '.join(sorted(row))}"
+            )
+
+
+def _fits(tokenizer: "PreTrainedTokenizerBase", texts: list[str], limit: int) -> list[bool]:
+    return [len(ids) <= limit for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+
+
+def _rows(config: DataConfig, section: str, preview: bool = False) -> Iterator[_PlacedRow]:
+    """Yield all rows with their places; with `preview` the first ones come without reading or downloading the rest."""
+    path = Path(config.path)
+    field = f"{section}.path = '{config.path}'"
+    if path.suffix not in _FILE_TYPES:
+        if path.is_file():
+            raise UserError(f"{field}: unknown kind of file, convert it to one of {', '.join(_FILE_TYPES)}")
+        return _dataset_rows(config, section, preview)
+    if not path.is_file():
+        raise UserError(f"{field}: no such file, correct the path")
+    if config.split != "train":
+        raise UserError(f"{section}.split = '{config.split}': a single file has the split 'train' only")
+    if path.suffix == ".parquet":
+        return _dataset_rows(config, section, preview)
+    if path.suffix == ".json" and path.read_bytes().lstrip()[:1] == b"[":
+        return _json_rows(path)
+    return _jsonl_rows(path)
+
+
+def _jsonl_rows(path: Path) -> Iterator[_PlacedRow]:
+    # Not left to `datasets`: it would drop the line numbers, and refuse a column with both numbers and texts.
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield _placed(f"{path}:{number}", _parse(f"{path}:{number}", line))
+
+
+def _json_rows(path: Path) -> Iterator[_PlacedRow]:
+    for number, row in enumerate(_parse(str(path), path.read_bytes()), start=1):
+        yield _placed(f"{path}, row {number}", row)
+
+
+def _parse(place: str, text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{place}: not valid JSON ({error}); correct it") from None
+
+
+def _placed(place: str, row: Any) -> _PlacedRow:
+    if not isinstance(row, dict):
+        raise UserError(f"{place}: a row must be a JSON object with the columns as keys, this is {type(row).__name__}")
+    return place, row
+
+
+def _dataset_rows(config: DataConfig, section: str, preview: bool) -> Iterator[_PlacedRow]:
+    """Rows of a parquet file, a folder or a data set on the hub, read by Hugging Face `datasets`."""
+    # Here, because `datasets` takes a second to load and plain JSON does not need it.
+    import datasets.config
+    import datasets.exceptions
+
+    path = Path(config.path)
+    try:
+        if path.suffix == ".parquet":
+            rows = datasets.load_dataset("parquet", data_files=config.path, split="train", streaming=True)
+        elif preview and (path.is_dir() or not datasets.config.HF_HUB_OFFLINE):
+            whole_split = re.split(r"[\[+]", config.split)[0]  # streams know no slices such as train[:100]
+            rows = datasets.load_dataset(config.path, split=whole_split, streaming=True)
+        else:
+            rows = datasets.load_dataset(config.path, split=config.split)
+        for number, row in enumerate(rows, start=1):
+            yield _placed(f"{config.path}, row {number}", row)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{section}.path = '{config.path}', split '{config.split}': cannot be read as a parquet file, a "
+            f"folder or a data set on the hub ({reason}); correct the path or the split, or download the data first"
+        ) from error

@@ -1,0 +1,102 @@
+"""Greedy accuracy and Avg@k of whatever weights an engine holds."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from megatron_opsd import parallel
+from megatron_opsd.config import Config, ParallelConfig
+from megatron_opsd.conversion.architecture import read_architecture
+from megatron_opsd.conversion.hf_files import HFReader
+from megatron_opsd.conversion.mapping import NameTable
+from megatron_opsd.data import read_examples
+from megatron_opsd.grading import Method, is_correct
+from megatron_opsd.metrics import format_scores, write_jsonl
+from megatron_opsd.preflight import max_model_len
+from megatron_opsd.prompts import PromptBuilder, build_prompts
+from megatron_opsd.rollout.colocated import ColocatedVLLM
+from megatron_opsd.rollout.engine import Engine, Sampling, sample_seed
+from megatron_opsd.types import Evaluation, Example, Rollout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def evaluate(engine: Engine, prompts: PromptBuilder, examples: Sequence[Example], config: Config) -> Evaluation:
+    """Answer every example once greedily and ``evaluate.samples`` times sampled. All ranks call this together."""
+    settings = config.evaluate
+    limit = settings.max_response_tokens or config.rollout.max_response_tokens
+    ids = [prompts.student(example) for example in examples]
+    rollouts = engine.generate(ids, Sampling(limit, temperature=0.0), [0] * len(ids))
+    repeated = [i for i in range(len(ids)) for _ in range(settings.samples)]
+    rollouts += engine.generate(
+        [ids[i] for i in repeated],
+        Sampling(limit, settings.temperature, settings.top_p, settings.top_k),
+        [sample_seed(config.train.seed, 0, i) for i in range(len(repeated))],
+    )
+    asked = [*examples, *(examples[i] for i in repeated)]
+    right = grade(rollouts, asked, prompts.tokenizer, settings.answer_check)
+    records = [
+        {
+            "index": example.index,
+            "sampling": "greedy" if i < len(ids) else "sampled",
+            "problem": example.problem,
+            "answer": example.answer,
+            "response": prompts.tokenizer.decode(rollout.token_ids, skip_special_tokens=True),
+            "tokens": len(rollout.token_ids),
+            "finish_reason": rollout.finish_reason,
+            "correct": correct,
+        }
+        for i, (example, rollout, correct) in enumerate(zip(asked, rollouts, right, strict=True))
+    ]
+    return Evaluation(
+        greedy=_mean(right[: len(ids)]),
+        average=_mean(right[len(ids) :]),
+        response_length=_mean([len(rollout.token_ids) for rollout in rollouts]),
+        records=records,
+    )
+
+
+def grade(
+    rollouts: Sequence[Rollout],
+    examples: Sequence[Example],
+    tokenizer: "PreTrainedTokenizerBase",
+    answer_check: Method,
+) -> list[bool]:
+    """Whether each rollout ends in its example's answer; the ranks share the work. All ranks call this together."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    own = [
+        example.answer is not None
+        and is_correct(tokenizer.decode(rollout.token_ids, skip_special_tokens=True), example.answer, answer_check)
+        for rollout, example in list(zip(rollouts, examples, strict=True))[rank::world_size]
+    ]
+    parts: list[list[bool]] = [[] for _ in range(world_size)]
+    dist.all_gather_object(parts, own)
+    return [parts[i % world_size][i // world_size] for i in range(len(rollouts))]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / max(1, len(values))
+
+
+def evaluate_checkpoint(config: Config, out: Path | None) -> Evaluation:
+    """Evaluate the Hugging Face directory ``model.path`` on ``evaluate.data``; rank 0 prints and writes ``out``."""
+    assert config.evaluate.data
+    layout = parallel.initialize(ParallelConfig(), config.train.seed)
+    prompts = build_prompts(config)
+    examples = read_examples(config.evaluate.data, prompts.tokenizer, "evaluate.data")[: config.evaluate.limit]
+    expected = NameTable(read_architecture(config.model.path)).hf_tensors()
+    reader = HFReader(config.model.path)
+    reader.check(expected)
+    engine = ColocatedVLLM(config, max_model_len(config, prompts))
+    engine.update_weights(((name, reader.read(name)) for name in expected), version=0)
+    evaluation = evaluate(engine, prompts, examples, config)
+    if layout.rank == 0:
+        if out:
+            write_jsonl(out, evaluation.records)
+        print(f"{config.model.path} on {len(examples)} problems: {format_scores(evaluation.scores())}")
+    engine.close()
+    parallel.finalize()
+    return evaluation

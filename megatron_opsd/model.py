@@ -1,0 +1,168 @@
+"""A Hugging Face architecture as Megatron's GPTModel: Transformer Engine layers on a GPU, local layers elsewhere."""
+
+import importlib.util
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_opsd import parallel
+from megatron_opsd.config import ModelConfig, ParallelConfig
+from megatron_opsd.conversion.architecture import Architecture
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """RMS norm whose weight tells Megatron to sum its gradient under sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=parallel.device())
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class SDPACoreAttention(MegatronModule):
+    """Causal attention by torch's scaled_dot_product_attention, for machines without Transformer Engine.
+
+    Sequences are padded on the right, so the causal mask alone keeps padding out of every real position.
+    """
+
+    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: object) -> None:
+        super().__init__(config=config)
+        assert config.context_parallel_size == 1
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,  # [s, b, np, hn]
+        key: Tensor,  # [s, b, ng, hn]
+        value: Tensor,  # [s, b, ng, hn]
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        assert attention_mask is None, "the causal mask is the only one"
+        assert packed_seq_params is None, "sequences are padded, not packed"
+        heads_first = [x.permute(1, 2, 0, 3) for x in (query, key, value)]  # [b, np, s, hn]
+        out = F.scaled_dot_product_attention(
+            *heads_first, is_causal=True, scale=self.softmax_scale, enable_gqa=query.shape[2] != key.shape[2]
+        )
+        return out.permute(2, 0, 1, 3).flatten(2)  # [s, b, np*hn]
+
+
+class HiddenStateGPT(GPTModel):
+    """GPTModel whose last stage returns final-normed hidden states, so that whole logits never exist."""
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states  # [s, b, h], or [s/tp, b, h] under sequence parallelism
+
+    def head_weight(self) -> Tensor:
+        """This rank's rows of the LM head [v/tp, h]; only on the last stage."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+    def head_input(self, hidden_states: Tensor) -> Tensor:
+        """Whole hidden states [s, b, h] for a vocabulary-parallel head.
+
+        The backward pass sums the ranks' parts of the gradient, once; nothing else may.
+        """
+        if self.config.sequence_parallel:
+            return gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True)
+        return copy_to_tensor_model_parallel_region(hidden_states)
+
+
+def use_transformer_engine() -> bool:
+    """Transformer Engine's layers need the package and a GPU."""
+    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def transformer_config(arch: Architecture, model: ModelConfig, layout: ParallelConfig) -> TransformerConfig:
+    dtype = DTYPES[model.dtype]
+    recompute = model.recompute == "full"
+    return TransformerConfig(
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.ffn_hidden_size,
+        num_attention_heads=arch.num_attention_heads,
+        num_query_groups=arch.num_query_groups,
+        kv_channels=arch.kv_channels,
+        layernorm_epsilon=arch.layernorm_epsilon,
+        normalization="RMSNorm",
+        qk_layernorm=True,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        sequence_parallel=layout.sequence_parallel,
+        recompute_granularity="full" if recompute else None,
+        recompute_method="uniform" if recompute else None,
+        recompute_num_layers=1 if recompute else None,
+        perform_initialization=False,  # the weights come from files
+        use_cpu_initialization=not torch.cuda.is_available(),
+        gradient_accumulation_fusion=False,  # needs Apex; the head, the largest, has its own accumulation
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        calculate_per_token_loss=True,  # Megatron divides once, by the global count
+    )
+
+
+def _layer_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
+    if use_transformer_engine():
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
+    layer = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
+    parts = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    attention = parts.self_attention.submodules
+    attention.q_layernorm = attention.k_layernorm = RMSNorm
+    attention.core_attention = SDPACoreAttention
+    return TransformerBlockSubmodules([layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+
+
+def build_model(
+    arch: Architecture, model: ModelConfig, layout: ParallelConfig, pg_collection: ProcessGroupCollection
+) -> HiddenStateGPT:
+    """This rank's stage and shards, on its device, weights not yet loaded."""
+    config = transformer_config(arch, model, layout)
+    stage, stages = pg_collection.pp.rank(), pg_collection.pp.size()
+    return HiddenStateGPT(
+        config,
+        _layer_spec(config),
+        vocab_size=arch.padded_vocab_size(layout.tensor_model_parallel_size),
+        max_sequence_length=arch.max_position_embeddings,
+        pre_process=stage == 0,
+        post_process=stage == stages - 1,
+        share_embeddings_and_output_weights=arch.share_embeddings_and_output_weights,
+        position_embedding_type="rope",
+        rotary_base=arch.rotary_base,  # type: ignore[arg-type]
+        pg_collection=pg_collection,
+    )
+
+
+def positions(tokens: Tensor) -> Tensor:
+    """Position ids [b, s] of right-padded sequences."""
+    return torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)

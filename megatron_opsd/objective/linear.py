@@ -1,0 +1,152 @@
+"""The divergence from hidden states and the two LM heads, some tokens at a time: whole logits never exist."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_opsd.objective.spec import Divergence
+from megatron_opsd.objective.statistics import DivergenceOutput, Logits, VocabShard, logits_gradient, measure
+from megatron_opsd.objective.vocab_parallel import check_per_token
+
+
+def linear_divergence(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    token_weights: Tensor,
+    spec: Divergence,
+    *,
+    vocab_size: int,
+    tp_group: dist.ProcessGroup | None,
+    token_ids: Tensor | None = None,
+    chunk_size: int = 2048,
+) -> tuple[Tensor, DivergenceOutput]:
+    """Σ token_weights · divergence, from final hidden states and LM heads spread over ``tp_group``.
+
+    student_hidden, teacher_hidden  [n, h], whole on every rank (under sequence parallel: gathered)
+    student_weight, teacher_weight  [v/tp, h], this rank's rows; may be one tensor
+    vocab_size                      ids from here on are padding: their rows are never read, their gradient is zero
+    token_weights                   [n], held constant; a token of weight zero adds nothing, whatever its divergence
+    token_ids                       [n] global ids of the sampled tokens, to have their log-probs too
+    chunk_size                      tokens whose logits exist at once
+
+    Returns the scalar loss and the per-token values of ``vocab_parallel_divergence``, here all detached. Gradients, to
+    ``student_hidden`` and ``student_weight`` only, are made in forward beside the logits and wait for the incoming
+    gradient: the head's in float32 (float64), the hidden states' in their dtype. **The hidden states' gradient is this
+    rank's part**: the caller's Megatron region sums it over ranks, once. Without grad mode none is made.
+
+    A head with Megatron's ``grad_added_to_main_grad`` receives its gradient in ``main_grad``, like Megatron's own
+    linear layers do. Three all-reduces a chunk forward, none backward. bf16 and fp16 products are made in that dtype
+    and everything after them in float32; where the device can (CUDA), the products come out in float32 as well.
+
+    Raises ValueError for shapes that do not fit together or a vocabulary that does not fit its shards.
+    """
+    n = student_hidden.shape[0]
+    if student_hidden.dim() != 2 or teacher_hidden.dim() != 2 or teacher_hidden.shape[0] != n:
+        raise ValueError(
+            f"hidden states must both be [n, h], not {tuple(student_hidden.shape)} and {tuple(teacher_hidden.shape)}"
+        )
+    if student_weight.shape[0] != teacher_weight.shape[0]:
+        raise ValueError(f"heads differ in rows: {student_weight.shape[0]} and {teacher_weight.shape[0]}")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
+    check_per_token("token_weights", token_weights, n)
+    check_per_token("token_ids", token_ids, n)
+    shard = VocabShard.of(student_weight.shape[0], vocab_size, tp_group)
+    wanted = tuple(torch.is_grad_enabled() and tensor.requires_grad for tensor in (student_hidden, student_weight))
+    loss, *values = _LinearDivergence.apply(
+        student_hidden, student_weight, teacher_hidden, teacher_weight, token_weights, token_ids,
+        spec, vocab_size, shard, chunk_size, wanted,
+    )  # fmt: skip
+    return loss, DivergenceOutput(*values)
+
+
+class _LinearDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor,
+        token_weights: Tensor,
+        token_ids: Tensor | None,
+        spec: Divergence,
+        vocab_size: int,
+        shard: VocabShard,
+        chunk_size: int,
+        wanted: tuple[bool, bool],
+    ) -> tuple[Tensor | None, ...]:
+        head = student_weight[: shard.width], teacher_weight[: shard.width]
+        gradients = _Gradients(student_hidden, student_weight, wanted)
+        outputs = []
+        for start in range(0, max(1, len(student_hidden)), chunk_size):
+            rows = slice(start, start + chunk_size)
+            student, teacher = student_hidden[rows], teacher_hidden[rows]
+            logits = Logits(_matmul(student, head[0].t()), _matmul(teacher, head[1].t()))
+            ids = None if token_ids is None else token_ids[rows]
+            output, statistics = measure(logits, spec, shard, vocab_size, ids)
+            outputs.append(output)
+            if any(wanted):
+                for inner, chunk in logits_gradient(logits, statistics, token_weights[rows], spec):
+                    gradients.add(start + inner.start, chunk.to(student.dtype), student[inner], head[0])
+        values: list[Any] = [None if v[0] is None else torch.cat(v) for v in zip(*outputs, strict=True)]
+        ctx.gradients = gradients
+        ctx.mark_non_differentiable(*(value for value in values if value is not None))
+        loss = torch.where(token_weights == 0, 0, token_weights * values[0]).sum(dtype=values[0].dtype)
+        return loss, *values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return *ctx.gradients.scaled(grads[0]), *[None] * 9
+
+
+class _Gradients:
+    """Gradients made in forward, waiting for the factor that only backward knows."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, wanted: tuple[bool, bool]) -> None:
+        wants_hidden, wants_weight = wanted
+        self.parameter = weight
+        self.hidden = torch.empty_like(hidden) if wants_hidden else None
+        precise = torch.promote_types(torch.float32, weight.dtype)
+        self.weight = torch.zeros_like(weight, dtype=precise) if wants_weight else None
+
+    def add(self, start: int, logits_gradient: Tensor, hidden: Tensor, head: Tensor) -> None:
+        """Take in the gradient of some tokens' logits, [rows, width], made of hidden [rows, h] and head [width, h]."""
+        if self.hidden is not None:
+            self.hidden[start : start + len(hidden)] = logits_gradient @ head
+        if self.weight is not None:
+            self.weight[: len(head)] += _matmul(logits_gradient.t(), hidden)
+
+    def scaled(self, factor: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """What backward returns for hidden states and head."""
+        hidden = None if self.hidden is None else (self.hidden * factor).to(self.hidden.dtype)
+        return hidden, None if self.weight is None else self._deliver(self.weight, factor)
+
+    def _deliver(self, gradient: Tensor, factor: Tensor) -> Tensor:
+        """Add the head's gradient to ``main_grad`` if Megatron's data parallel wrapper set its flag, else return it.
+
+        The protocol of megatron.core.tensor_parallel.layers.LinearWithGradAccumulationAndAsyncCommunication: autograd
+        still wants a gradient, so that the wrapper's hook runs, and the hook reads it only under ``zero_out_wgrad``
+        (a tied embedding adds its own to it).
+        """
+        parameter: Any = self.parameter
+        if not hasattr(parameter, "grad_added_to_main_grad"):
+            return (gradient * factor).to(parameter.dtype)
+        parameter.main_grad.addcmul_(gradient, factor.to(gradient.dtype))
+        parameter.grad_added_to_main_grad = True
+        return (
+            torch.zeros_like(parameter) if getattr(parameter, "zero_out_wgrad", False) else torch.empty_like(parameter)
+        )
+
+
+def _matmul(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right, in float32 where a low-precision product can come out so for free."""
+    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left @ right

@@ -1,0 +1,90 @@
+"""The divergence from logits that each rank holds a share of."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_opsd.objective.spec import Divergence
+from megatron_opsd.objective.statistics import (
+    DivergenceOutput,
+    Logits,
+    Normalizers,
+    Statistics,
+    VocabShard,
+    logits_gradient,
+    measure,
+)
+
+
+def vocab_parallel_divergence(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    spec: Divergence,
+    *,
+    vocab_size: int,
+    tp_group: dist.ProcessGroup | None,
+    token_ids: Tensor | None = None,
+) -> DivergenceOutput:
+    """Divergence of each token's student distribution from the teacher's over a vocabulary spread over ``tp_group``.
+
+    student_logits, teacher_logits  [n, v/tp], any floating dtype; rank r holds ids r·v/tp .. (r+1)·v/tp - 1. Ids from
+                                    ``vocab_size`` on are padding: never read, gradient zero.
+    token_ids                       [n] global ids of the sampled tokens, to have their log-probs too.
+
+    Returns per-token values, all [n] and equal on every rank; ``loss`` carries a gradient to ``student_logits`` only,
+    in their dtype. Formulas: OPSD (arXiv 2601.18734) for the objective and its entry clip, Lin 1991 for ``jsd``; see
+    docs/numerics.md. Three all-reduces forward, none backward; none at all without a group or in a group of one.
+
+    A logit of -inf is a probability of zero. The divergence is then infinite where KL is (forward: the student's alone
+    is zero; reverse: the teacher's alone) and its gradient is not finite, unless an ``entry`` or ``token`` clip holds
+    it; ``jsd`` stays finite. NaN logits of real tokens make that token's values NaN.
+
+    Raises ValueError for shapes that do not fit together or a vocabulary that does not fit its shards.
+    """
+    if student_logits.dim() != 2 or student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            f"logits must both be [n, v/tp], not {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
+        )
+    check_per_token("token_ids", token_ids, student_logits.shape[0])
+    shard = VocabShard.of(student_logits.shape[1], vocab_size, tp_group)
+    return DivergenceOutput(*_Divergence.apply(student_logits, teacher_logits, token_ids, spec, vocab_size, shard))
+
+
+def check_per_token(name: str, values: Tensor | None, n: int) -> None:
+    """Raise ValueError unless ``values`` is None or [n]."""
+    if values is not None and values.shape != (n,):
+        raise ValueError(f"{name} must have one value for each of {n} tokens, not shape {tuple(values.shape)}")
+
+
+class _Divergence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        token_ids: Tensor | None,
+        spec: Divergence,
+        vocab_size: int,
+        shard: VocabShard,
+    ) -> tuple[Tensor | None, ...]:
+        logits = Logits(student_logits[:, : shard.width], teacher_logits[:, : shard.width])
+        output, statistics = measure(logits, spec, shard, vocab_size, token_ids)
+        normalizers, *rest = statistics
+        ctx.save_for_backward(student_logits, teacher_logits, *normalizers, *rest)
+        ctx.spec, ctx.width = spec, shard.width
+        ctx.mark_non_differentiable(*(value for value in output[1:] if value is not None))
+        return tuple(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        student_logits, teacher_logits, maxima, sums, log_ratio, *rest = ctx.saved_tensors
+        logits = Logits(student_logits[:, : ctx.width], teacher_logits[:, : ctx.width])
+        statistics = Statistics(Normalizers(maxima, sums, log_ratio), *rest)
+        gradient = torch.zeros_like(student_logits)
+        for rows, chunk in logits_gradient(logits, statistics, grads[0], ctx.spec):
+            gradient[rows, : ctx.width] = chunk
+        return gradient, None, None, None, None, None

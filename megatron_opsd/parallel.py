@@ -1,0 +1,116 @@
+"""Process groups, seeds, device. The only file that touches Megatron's global state."""
+
+import os
+import random
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_opsd import cpu
+from megatron_opsd.config import ParallelConfig
+from megatron_opsd.errors import UserError
+
+if not torch.cuda.is_available():
+    cpu.install()  # before the first import of Megatron, which looks for CUDA while it is imported
+
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where this rank stands, and the groups it shares."""
+
+    pg_collection: ProcessGroupCollection
+    rank: int
+    world_size: int
+
+    @property
+    def tp_group(self) -> dist.ProcessGroup:
+        return self.pg_collection.tp
+
+    @property
+    def pp_group(self) -> dist.ProcessGroup:
+        return self.pg_collection.pp
+
+    @property
+    def dp_group(self) -> dist.ProcessGroup:
+        return self.pg_collection.dp
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_group.rank() == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_group.rank() == self.pp_group.size() - 1
+
+    @property
+    def last_stage_rank(self) -> int:
+        """Global rank of the last stage of this rank's pipeline."""
+        return dist.get_global_rank(self.pp_group, self.pp_group.size() - 1)
+
+
+def device() -> torch.device:
+    """This rank's device: its GPU, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return cpu.CPU
+
+
+def initialize(config: ParallelConfig, seed: int) -> Layout:
+    """Join the process group torchrun describes (or start one of a single process) and build Megatron's groups.
+
+    Raises:
+        UserError: the rendezvous port is taken.
+    """
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "29500")
+        _check_port_is_free(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=config.timeout_minutes))
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        distributed_timeout_minutes=config.timeout_minutes,
+    )
+    seed_everything(seed)
+    return Layout(
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+    )
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy, torch and Megatron's trackers, on every rank alike where Megatron wants them alike."""
+    seed %= 2**31  # NumPy takes 32 bits, and Megatron adds offsets
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def finalize() -> None:
+    """Leave Megatron's groups and the process group."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():  # a colocated vLLM leaves it for us when it closes
+        dist.destroy_process_group()
+
+
+def _check_port_is_free(host: str, port: int) -> None:
+    with socket.socket() as sock:
+        try:
+            sock.bind((host, port))
+        except OSError as error:
+            raise UserError(
+                f"MASTER_PORT={port}: the port is in use on {host}; set MASTER_PORT to a free one"
+            ) from error

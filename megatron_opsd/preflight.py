@@ -1,0 +1,154 @@
+"""Finds a user's mistakes before any process group is formed and any weight is read. Needs no GPU."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import psutil
+
+from megatron_opsd.config import Config
+from megatron_opsd.conversion.architecture import Architecture, read_architecture
+from megatron_opsd.data import check_data
+from megatron_opsd.errors import UserError
+from megatron_opsd.prompts import PromptBuilder, build_prompts
+from megatron_opsd.types import Example
+
+KV_BYTES = {"bfloat16": 2, "float32": 4}
+_SEAM_TOKENS = 16  # a problem may tokenize a little longer inside its prompt than alone
+
+
+def check(config: Config, world_size: int | None, train: bool = True) -> None:
+    """Check everything that can be checked without starting anything.
+
+    world_size: ranks of the run; None where it is not known yet.
+    train: False for an evaluation, which has no training data, batch or layout.
+
+    Raises:
+        UserError: one line that names the file or field, the value and the remedy.
+    """
+    arch = read_architecture(config.model.path)
+    check_installed("vllm", "the rollout engine: pip install 'megatron-opsd[cpu]' or 'megatron-opsd[gpu]'")
+    check_rollout_parallel(config, arch, world_size)
+    if train:
+        check_parallel(config, arch, world_size)
+        check_batch(config, world_size)
+        check_data(config.data, "data")
+    if config.evaluate.data:
+        check_data(config.evaluate.data, "evaluate.data")
+    elif config.evaluate.interval:
+        raise UserError("evaluate.interval is on but evaluate.data.path is missing; set it or evaluate.interval = 0")
+    check_lengths(config, arch, build_prompts(config), train)
+    check_run_dir(Path(config.logging.run_dir))
+
+
+def check_installed(package: str, remedy: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{package} is not installed; it is {remedy}")
+
+
+def _check_divides(field: str, size: int, what: str, value: int) -> None:
+    if value % size:
+        raise UserError(f"{field} = {size} does not divide {what} = {value}")
+
+
+def check_parallel(config: Config, arch: Architecture, world_size: int | None) -> None:
+    """Layout against the model and the world size."""
+    tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
+    field = "parallel.tensor_model_parallel_size"
+    _check_divides(field, tp, "the model's num_attention_heads", arch.num_attention_heads)
+    _check_divides(field, tp, "the model's num_key_value_heads", arch.num_query_groups)
+    _check_divides(field, tp, "the model's intermediate_size", arch.ffn_hidden_size)
+    _check_divides("parallel.pipeline_model_parallel_size", pp, "the model's num_hidden_layers", arch.num_layers)
+    if config.parallel.sequence_parallel and tp == 1:
+        raise UserError("parallel.sequence_parallel needs parallel.tensor_model_parallel_size > 1")
+    if world_size is not None and world_size % (tp * pp):
+        raise UserError(
+            f"parallel: tensor {tp} x pipeline {pp} = {tp * pp} ranks does not divide the world size {world_size}; "
+            "change the sizes or torchrun's --nproc-per-node"
+        )
+
+
+def check_rollout_parallel(config: Config, arch: Architecture, world_size: int | None) -> None:
+    """vLLM's layout against the model and the world size."""
+    tp, field = config.rollout.tensor_model_parallel_size, "rollout.tensor_model_parallel_size"
+    _check_divides(field, tp, "the model's num_attention_heads", arch.num_attention_heads)
+    if world_size is not None:
+        _check_divides(field, tp, "the world size", world_size)
+
+
+def check_batch(config: Config, world_size: int | None) -> None:
+    """Batch sizes against each other and the data-parallel size."""
+    size, samples = config.train.global_batch_size, config.rollout.samples_per_prompt
+    _check_divides("rollout.samples_per_prompt", samples, "train.global_batch_size", size)
+    if world_size is not None:
+        model = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
+        dp, micro = world_size // model, config.train.micro_batch_size
+        if size % (dp * micro):
+            raise UserError(
+                f"train.global_batch_size = {size} is not a multiple of train.micro_batch_size = {micro} "
+                f"x {dp} data-parallel ranks"
+            )
+
+
+def check_lengths(config: Config, arch: Architecture, prompts: PromptBuilder, train: bool) -> None:
+    """Longest sequences against the model's positions and the KV cache's memory."""
+    longest = {"student": max_model_len(config, prompts)}
+    if train:
+        data = config.data
+        longest["teacher"] = (
+            len(prompts.teacher(Example(0, "", "")))
+            + data.max_problem_tokens
+            + data.max_solution_tokens
+            + config.rollout.max_response_tokens
+            + _SEAM_TOKENS
+        )
+    for side, length in longest.items():
+        if length > arch.max_position_embeddings:
+            raise UserError(
+                f"the {side}'s longest sequence, {length} tokens, exceeds the model's max_position_embeddings = "
+                f"{arch.max_position_embeddings}; lower data.max_problem_tokens, data.max_solution_tokens or "
+                "rollout.max_response_tokens"
+            )
+    check_kv_cache(config, arch, longest["student"])
+
+
+def check_kv_cache(config: Config, arch: Architecture, length: int) -> None:
+    """The KV cache on CPU: room for one sequence at least, and memory for the cache (a GPU asks vLLM itself)."""
+    groups = max(1, arch.num_query_groups // config.rollout.tensor_model_parallel_size)
+    token = 2 * arch.num_layers * groups * arch.kv_channels * KV_BYTES[config.model.dtype]
+    gib, needed = config.rollout.kv_cache_gib, token * length / 2**30
+    if needed > gib:
+        raise UserError(
+            f"rollout.kv_cache_gib = {gib} is too little for one sequence of {length} tokens, which needs "
+            f"{needed:.3g} GiB; raise it or lower rollout.max_response_tokens"
+        )
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    available = psutil.virtual_memory().available / 2**30
+    if not _has_gpu() and gib * ranks > available:
+        raise UserError(
+            f"rollout.kv_cache_gib = {gib} x {ranks} ranks on this machine exceeds its {available:.1f} GiB of "
+            "free memory; lower it"
+        )
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def max_model_len(config: Config, prompts: PromptBuilder) -> int:
+    """Tokens of the longest student prompt and response that the limits allow, in training and evaluation."""
+    template = len(prompts.student(Example(0, "", ""))) + _SEAM_TOKENS
+    longest = config.data.max_problem_tokens + config.rollout.max_response_tokens
+    if config.evaluate.data:
+        response = config.evaluate.max_response_tokens or config.rollout.max_response_tokens
+        longest = max(longest, config.evaluate.data.max_problem_tokens + response)
+    return template + longest
+
+
+def check_run_dir(path: Path) -> None:
+    """The run directory can be written, told before hours are spent."""
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"logging.run_dir = {str(path)!r}: cannot write to {existing}")

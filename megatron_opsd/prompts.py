@@ -1,0 +1,124 @@
+r"""Student and teacher prompts as token ids.
+
+Both are one user turn, rendered by the tokenizer's own chat template. The ids of the student's response are appended
+to either prompt as the engine returned them, so position n of the response follows exactly the same response ids on
+both sides; response text is never tokenised again.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megatron_opsd.errors import UserError
+from megatron_opsd.types import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from megatron_opsd.config import Config
+
+_CLOSING = r"Please reason step by step, and put your final answer within \boxed{}."
+
+STUDENT_TEMPLATE = "Problem: {problem}\n\n" + _CLOSING
+
+TEACHER_TEMPLATE = (
+    "Problem: {problem}\n\n"
+    "The following solution is known to be correct.\n\n"
+    "--- begin solution ---\n"
+    "{solution}\n"
+    "--- end solution ---\n\n"
+    "Make sure you understand every step of it. Then derive the answer yourself, in your own words, as if you had "
+    "not been shown the solution.\n\n" + _CLOSING
+)
+
+_PLACEHOLDER = re.compile(r"\{(problem|solution)\}")
+
+
+def check_templates(student_template: str, teacher_template: str, section: str = "prompts") -> None:
+    """Raise `UserError` unless the student's template shows the problem alone and the teacher's shows both parts."""
+    for field, template, wanted in (
+        ("student_template", student_template, {"problem"}),
+        ("teacher_template", teacher_template, {"problem", "solution"}),
+    ):
+        found = set(_PLACEHOLDER.findall(template))
+        for name in sorted(wanted - found):
+            raise UserError(f"{section}.{field} has no {{{name}}}: put {{{name}}} where the {name} belongs")
+        for name in sorted(found - wanted):
+            raise UserError(f"{section}.{field} contains {{{name}}}: the student must not see it, take it out")
+
+
+def fill(template: str, values: Mapping[str, str]) -> str:
+    r"""Put values in place of `{problem}` and `{solution}`; every other brace, as in `\boxed{}`, stays as it is.
+
+    One pass: a problem whose own text contains `{solution}` is not expanded again.
+    """
+    return _PLACEHOLDER.sub(lambda match: values[match[1]], template)
+
+
+@dataclass(frozen=True)
+class PromptBuilder:
+    r"""Turns examples into prompt ids for both sides.
+
+    `student_thinking` and `teacher_thinking` are handed to the chat template as `enable_thinking`. `teacher_prefix` is
+    text that opens the assistant's turn on the teacher's side only (such as `<think>\n`, or an empty think block); it
+    is tokenised by itself and appended, so it can never merge with the response's first token.
+
+    Raises `UserError` for templates without their placeholders and for a tokenizer without a chat template.
+    """
+
+    tokenizer: "PreTrainedTokenizerBase"
+    student_template: str = STUDENT_TEMPLATE
+    teacher_template: str = TEACHER_TEMPLATE
+    student_thinking: bool = False
+    teacher_thinking: bool = True
+    teacher_prefix: str = ""
+
+    def __post_init__(self) -> None:
+        check_templates(self.student_template, self.teacher_template)
+        if not self.tokenizer.chat_template:
+            raise UserError(
+                f"tokenizer of {self.tokenizer.name_or_path or 'the model'} has no chat template: "
+                "use an instruction-tuned checkpoint, or put a chat_template.jinja beside its tokenizer"
+            )
+
+    def student(self, example: Example) -> list[int]:
+        """Ids of the prompt that shows the problem only, up to where the response starts."""
+        return self._render(fill(self.student_template, {"problem": example.problem}), self.student_thinking)
+
+    def teacher(self, example: Example) -> list[int]:
+        """Ids of the prompt that shows the reference solution too, with `teacher_prefix` at its end."""
+        text = fill(self.teacher_template, {"problem": example.problem, "solution": example.solution})
+        return self._render(text, self.teacher_thinking) + self._encode(self.teacher_prefix)
+
+    def _render(self, text: str, thinking: bool) -> list[int]:
+        turn = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+        )
+        return self._encode(str(turn))
+
+    def _encode(self, text: str) -> list[int]:
+        # The chat template writes every special token itself: the tokenizer must not add its own.
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+
+def build_prompts(config: "Config") -> PromptBuilder:
+    """Load the model's tokenizer and bind it to the configured templates. Raises `UserError` where either is unfit."""
+    from transformers import AutoTokenizer  # here, because the configuration imports this module for its defaults
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    except (OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"model.path = '{config.model.path}': its tokenizer cannot be loaded ({reason}); "
+            "copy the tokenizer files of the original checkpoint there"
+        ) from error
+    return PromptBuilder(
+        tokenizer,
+        student_template=config.prompts.student_template,
+        teacher_template=config.prompts.teacher_template,
+        student_thinking=config.prompts.student_thinking,
+        teacher_thinking=config.prompts.teacher_thinking,
+        teacher_prefix=config.prompts.teacher_prefix,
+    )

@@ -1,0 +1,64 @@
+"""The student's weights into the engine, every tensor exactly once and unaltered, or the run stops."""
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from torch import Tensor
+
+from megatron_opsd.conversion.export import Exporter, checksum
+from megatron_opsd.conversion.mapping import Shape
+from megatron_opsd.metrics import LossSums
+from megatron_opsd.rollout.engine import Engine
+
+
+class RefitError(RuntimeError):
+    """What vLLM holds is not what the student holds. The message names the tensor or the tokens that differ."""
+
+
+def refit(exporter: Exporter, engine: Engine, version: int, verify: bool) -> None:
+    """Stream the student's weights into ``engine`` and number them ``version``.
+
+    verify: also compare the checksum of every tensor that arrives with the one taken before transport.
+
+    Raises:
+        RefitError: a tensor is missing, unknown, arrives twice, has the wrong shape or the wrong contents.
+    """
+    checksums = exporter.checksums() if verify else {}
+    engine.wake_up_weights()
+    engine.update_weights(verified(exporter, exporter.table.hf_tensors(), checksums), version)
+    engine.wake_up_kv_cache()
+
+
+def verified(
+    named_tensors: Iterable[tuple[str, Tensor]], expected: Mapping[str, Shape], checksums: Mapping[str, int]
+) -> Iterator[tuple[str, Tensor]]:
+    """Pass tensors on as they come, each checked first; at the end nothing may be missing."""
+    missing = dict(expected)
+    for name, tensor in named_tensors:
+        if name not in missing:
+            why = "arrived twice" if name in expected else "is not part of the model"
+            raise RefitError(f"refit: the tensor {name} {why}")
+        if tuple(tensor.shape) != missing.pop(name):
+            raise RefitError(f"refit: {name} arrived as {list(tensor.shape)} instead of {list(expected[name])}")
+        if name in checksums and checksum(tensor) != checksums[name]:
+            raise RefitError(f"refit: {name} arrived with other contents than the student holds (checksums differ)")
+        yield name, tensor
+    if missing:
+        raise RefitError(
+            f"refit: {len(missing)} of {len(expected)} tensors did not arrive, first {next(iter(missing))}"
+        )
+
+
+def check_logprob_gap(losses: LossSums, version: int, largest: float) -> None:
+    """Compare vLLM's log-probs of its own tokens with Megatron's for the same tokens and weights, both at temperature 1.
+
+    largest: limit of the mean absolute difference over the step's response tokens, in nats.
+
+    Raises:
+        RefitError: the gap is larger than the dtype explains.
+    """
+    gap = losses.means()["refit_logprob_gap"]
+    if not gap <= largest:  # a NaN is no agreement
+        raise RefitError(
+            f"refit: vLLM's log-probs differ from the student's by {gap:.2g} on average (limit {largest:.2g}, worst "
+            f"token {losses.worst_gap:.2g} in sequence {losses.worst_sequence}): vLLM does not hold weights {version}"
+        )

@@ -1,0 +1,103 @@
+"""The model that learns: DDP around Megatron's GPTModel, and one forward and backward pass through its schedule."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_opsd.batch import Batch, Microbatch
+from megatron_opsd.config import Config, ObjectiveConfig
+from megatron_opsd.metrics import LossSums, measure_loss, reduce_loss
+from megatron_opsd.model import HiddenStateGPT, positions
+from megatron_opsd.objective import Divergence, linear_divergence
+from megatron_opsd.parallel import Layout
+
+
+class Student:
+    """Owns the model's gradients: forward and backward over a step's micro-batches, nothing else."""
+
+    def __init__(self, model: HiddenStateGPT, layout: Layout, config: Config, vocab_size: int) -> None:
+        self.model, self.layout, self.vocab_size = model, layout, vocab_size
+        self.divergence = build_divergence(config.objective)
+        self.chunk_size = config.objective.chunk_size
+        self.ddp = DistributedDataParallel(
+            model.config,
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=config.optim.use_distributed_optimizer,
+                overlap_grad_reduce=False,
+                average_in_collective=False,
+            ),
+            model,
+        )
+        model.config.finalize_model_grads_func = finalize_model_grads
+        model.config.no_sync_func = self.ddp.no_sync
+
+    def forward_backward(
+        self,
+        batch: Batch,
+        microbatches: Sequence[Microbatch],
+        teacher_head: Tensor | None,
+        targets: Sequence[Tensor],
+    ) -> LossSums:
+        """Gradients of the global batch's mean divergence, summed over ranks and divided once, into ``main_grad``.
+
+        teacher_head, targets: the teacher's LM head [v/tp, h] and its hidden states of each micro-batch [n, h];
+        None and empty but on the last stage.
+        Returns the loss and its diagnostics over the global batch, on every rank.
+        """
+        self.ddp.zero_grad_buffer()
+        self.ddp.train()
+        work = zip(microbatches, targets or [None] * len(microbatches), strict=True)
+        reports = get_forward_backward_func()(
+            forward_step_func=partial(self._forward_step, teacher_head),
+            data_iterator=work,
+            model=self.ddp,
+            num_microbatches=len(microbatches),
+            seq_length=batch.student_length,
+            micro_batch_size=len(microbatches[0].student_tokens),
+            forward_only=False,
+        )
+        return reduce_loss(reports, self.layout)
+
+    def _forward_step(
+        self, teacher_head: Tensor | None, work: Iterator[tuple[Microbatch, Tensor]], model: DistributedDataParallel
+    ) -> tuple[Tensor, partial]:
+        microbatch, target = next(work)
+        hidden = model(microbatch.student_tokens, positions(microbatch.student_tokens), None)
+        return hidden, partial(self._loss, microbatch, target, teacher_head)
+
+    def _loss(
+        self, microbatch: Microbatch, target: Tensor, teacher_head: Tensor, hidden: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Sum of the weighted divergences, the count Megatron divides by, and what is logged."""
+        whole = self.model.head_input(hidden)  # [s, b, h]
+        loss, out = linear_divergence(
+            whole.flatten(0, 1)[microbatch.student_index],  # [n, h]
+            self.model.head_weight(),
+            target,
+            teacher_head,
+            microbatch.token_weights,
+            self.divergence,
+            vocab_size=self.vocab_size,
+            tp_group=self.layout.tp_group,
+            token_ids=microbatch.response_ids,
+            chunk_size=self.chunk_size,
+        )
+        count = torch.tensor(microbatch.count, dtype=torch.int, device=loss.device)
+        return loss, count, measure_loss(loss, out, microbatch)
+
+
+def build_divergence(config: ObjectiveConfig) -> Divergence:
+    """The objective as configured."""
+    clipped = config.clip_mode != "none"
+    return Divergence(
+        kind=config.kind,
+        beta=config.beta,
+        temperature=config.temperature,
+        clip=config.clip if clipped else None,
+        clip_mode=config.clip_mode if clipped else "entry",  # type: ignore[arg-type]
+    )

@@ -1,0 +1,77 @@
+"""The frozen replica of the student, with the same layout on the same ranks. It sees the reference solution."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Literal
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_opsd.batch import Batch, Microbatch
+from megatron_opsd.conversion.export import Exporter
+from megatron_opsd.model import HiddenStateGPT, positions
+
+
+class Teacher:
+    """Scores the student's responses in a pipeline pass of its own and keeps hidden states only, never logits."""
+
+    def __init__(self, model: HiddenStateGPT, placement: Literal["resident", "offload"]) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self._offloaded: dict[str, Tensor] = {}
+        self._device = next(model.parameters()).device
+        self._placement = placement
+
+    @torch.no_grad()
+    def score(self, batch: Batch, microbatches: Sequence[Microbatch]) -> list[Tensor]:
+        """Final hidden states [n, h] at the positions that predict each micro-batch's response tokens.
+
+        On the last pipeline stage a list as long as ``microbatches``; elsewhere an empty one.
+        """
+        self.load()
+        return get_forward_backward_func()(
+            forward_step_func=self._forward_step,
+            data_iterator=iter(microbatches),
+            model=self.model,
+            num_microbatches=len(microbatches),
+            seq_length=batch.teacher_length,
+            micro_batch_size=len(microbatches[0].teacher_tokens),
+            forward_only=True,
+        )
+
+    def _forward_step(self, work: Iterator[Microbatch], model: HiddenStateGPT) -> tuple[Tensor, partial]:
+        microbatch = next(work)
+        hidden = model(microbatch.teacher_tokens, positions(microbatch.teacher_tokens), None)
+        return hidden, partial(self._select, microbatch)
+
+    def _select(self, microbatch: Microbatch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        selected = self.model.head_input(hidden).flatten(0, 1)[microbatch.teacher_index]  # [n, h]
+        return hidden.new_zeros(()), torch.zeros((), dtype=torch.int, device=hidden.device), selected
+
+    def head_weight(self) -> Tensor | None:
+        """This rank's rows of the LM head [v/tp, h]; None but on the last stage."""
+        return self.model.head_weight() if self.model.post_process else None
+
+    def identity(self, exporter: Exporter) -> str:
+        """Hash of the weights, the same for every layout."""
+        lines = sorted(f"{name} {value}" for name, value in exporter.checksums().items())
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def load(self) -> None:
+        """Bring offloaded weights back to the device."""
+        for name, parameter in self.model.named_parameters():
+            if name in self._offloaded:
+                parameter.data = self._offloaded[name].to(self._device, non_blocking=True)
+
+    def offload(self) -> None:
+        """Move the weights to pinned host memory (teacher.placement = "offload" on a GPU).
+
+        The pinned copy is made once: the weights never change.
+        """
+        if self._placement == "resident" or self._device.type == "cpu":
+            return
+        for name, parameter in self.model.named_parameters():
+            if name not in self._offloaded:
+                self._offloaded[name] = parameter.data.cpu().pin_memory()
+            parameter.data = self._offloaded[name]

@@ -1,0 +1,200 @@
+"""On-Policy Self-Distillation, one step after the other."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_opsd import checkpoint, parallel
+from megatron_opsd.batch import Batch, Sample, build_batch, split
+from megatron_opsd.config import Config
+from megatron_opsd.conversion.architecture import read_architecture
+from megatron_opsd.conversion.export import Exporter
+from megatron_opsd.conversion.hf_files import HFReader, write_hf
+from megatron_opsd.conversion.load import load_hf
+from megatron_opsd.conversion.mapping import NameTable
+from megatron_opsd.data import Sampler, read_examples
+from megatron_opsd.evaluate import evaluate, grade
+from megatron_opsd.metrics import Clock, MetricsWriter, memory_peak_gib, start_logging
+from megatron_opsd.model import HiddenStateGPT, build_model
+from megatron_opsd.optim import build_optimizer, build_schedule
+from megatron_opsd.preflight import max_model_len
+from megatron_opsd.prompts import build_prompts
+from megatron_opsd.rollout.colocated import ColocatedVLLM
+from megatron_opsd.rollout.engine import Sampling, sample_seed
+from megatron_opsd.rollout.refit import check_logprob_gap, refit
+from megatron_opsd.student import Student
+from megatron_opsd.teacher import Teacher
+from megatron_opsd.types import Evaluation, Example, Rollout
+
+log = logging.getLogger(__name__)
+
+# Mean absolute difference between vLLM's and Megatron's log-probs of the same tokens that the dtype explains, in nats.
+MAX_LOGPROB_GAP = {"float32": 1e-3, "bfloat16": 0.05}
+
+
+class Trainer:
+    """All that a run needs, built in the order that finds mistakes first. ``step`` is the algorithm."""
+
+    def __init__(self, config: Config, layout: parallel.Layout) -> None:
+        self.config, self.layout = config, layout
+        self.run_dir = Path(config.logging.run_dir)
+        resume_from = checkpoint.find(self.run_dir, config.checkpoint.resume)
+        self.prompts = build_prompts(config)
+        self.sampler = Sampler(read_examples(config.data, self.prompts.tokenizer, "data"), config.train.seed)
+        self.table = NameTable(read_architecture(config.model.path))
+        reader = HFReader(config.model.path)
+        reader.check(self.table.hf_tensors())
+
+        self.engine = ColocatedVLLM(config, max_model_len(config, self.prompts))
+        self.engine.sleep()
+        self.teacher = Teacher(self._load_model(reader), config.teacher.placement)
+        self.teacher_identity = self.teacher.identity(self._exporter(self.teacher.model))
+        self.teacher.offload()
+        self.student = Student(self._load_model(reader), layout, config, self.table.arch.vocab_size)
+        self.optimizer = build_optimizer(self.student, config.optim)
+        self.schedule = build_schedule(self.optimizer, config.optim, config.train.steps)
+        self.exporter = self._exporter(self.student.model)
+        self.steps_done = 0  # also the version of the student's weights
+        if resume_from:
+            self._resume(resume_from)
+        refit(self.exporter, self.engine, self.steps_done, verify=True)
+
+    def step(self) -> dict[str, float]:
+        """One step of On-Policy Self-Distillation; returns its metrics."""
+        config, layout, clock = self.config, self.layout, Clock()
+        parallel.seed_everything(sample_seed(config.train.seed, self.steps_done, 0))
+        with clock.phase("rollout"):
+            examples = self._next_examples()
+            rollouts = self._generate(examples)
+            self.engine.sleep()
+        batch = self._build_batch(examples, rollouts)
+        microbatches = split(
+            batch, config.train.micro_batch_size, layout.dp_group, config.objective.normalization, parallel.device()
+        )
+        with clock.phase("teacher"):
+            targets = self.teacher.score(batch, microbatches)
+        with clock.phase("student"):
+            losses = self.student.forward_backward(batch, microbatches, self.teacher.head_weight(), targets)
+            self.teacher.offload()
+        check_logprob_gap(losses, rollouts[0].weight_version, self._max_logprob_gap())
+        with clock.phase("optimizer"):
+            lr = self.optimizer.param_groups[0]["lr"]
+            _, grad_norm, _ = self.optimizer.step()
+            self.schedule.step(1)
+            self.steps_done += 1
+        with clock.phase("refit"):
+            verify = is_due(self.steps_done, config.rollout.refit_verify_interval)
+            refit(self.exporter, self.engine, self.steps_done, verify)
+        return {
+            "step": self.steps_done,
+            **losses.means(),
+            **self._accuracy(examples, rollouts),
+            "grad_norm": float(grad_norm),
+            "lr": lr,
+            "tokens": losses.tokens,
+            "response_length": sum(len(rollout.token_ids) for rollout in rollouts) / len(rollouts),
+            "weight_version": rollouts[0].weight_version,
+            **clock.seconds(),
+            "memory_peak_gib": memory_peak_gib(),
+        }
+
+    def evaluate(self, examples: Sequence[Example]) -> Evaluation:
+        """Accuracy of the student's weights as the engine holds them."""
+        return evaluate(self.engine, self.prompts, examples, self.config)
+
+    def save(self) -> None:
+        """Write a checkpoint of the run as it stands between two steps."""
+        progress = checkpoint.Progress(self.steps_done, self.sampler.state_dict(), self.teacher_identity)
+        path = checkpoint.save(self.run_dir, self.student.model, self.optimizer, progress)
+        log.info("saved %s", path)
+
+    def export_hf(self) -> None:
+        """Write the student as a Hugging Face directory, run_dir/hf."""
+        dtype = self.student.model.config.params_dtype
+        if self.layout.rank == 0:
+            write_hf(self.exporter, Path(self.config.model.path), self.run_dir / "hf", dtype)
+        else:
+            for _ in self.exporter:  # the stream is collective
+                pass
+        dist.barrier()
+
+    def _load_model(self, reader: HFReader) -> HiddenStateGPT:
+        model = build_model(self.table.arch, self.config.model, self.config.parallel, self.layout.pg_collection)
+        load_hf(model, reader, self.table, self.layout.tp_group.rank(), self.layout.tp_group.size())
+        return model
+
+    def _exporter(self, model: HiddenStateGPT) -> Exporter:
+        bucket_bytes = int(self.config.rollout.refit_bucket_mib * 2**20)
+        return Exporter(model, self.table, self.layout.tp_group, self.layout.pp_group, bucket_bytes)
+
+    def _resume(self, path: Path) -> None:
+        progress = checkpoint.load(path, self.student.model, self.optimizer, self.teacher_identity)
+        self.sampler.load_state_dict(progress.sampler)
+        self.steps_done = progress.step
+        self.schedule.step(self.steps_done)
+        log.info("resumed from %s", path)
+
+    def _next_examples(self) -> list[Example]:
+        """The step's problems, each as often as it is sampled."""
+        samples = self.config.rollout.samples_per_prompt
+        drawn = self.sampler.next_batch(self.config.train.global_batch_size // samples)
+        return [example for example in drawn for _ in range(samples)]
+
+    def _generate(self, examples: Sequence[Example]) -> list[Rollout]:
+        rollout = self.config.rollout
+        sampling = Sampling(rollout.max_response_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
+        seeds = [sample_seed(self.config.train.seed, self.steps_done + 1, i) for i in range(len(examples))]
+        rollouts = self.engine.generate([self.prompts.student(example) for example in examples], sampling, seeds)
+        assert all(rollout.weight_version == self.steps_done for rollout in rollouts), "stale weights"
+        return rollouts
+
+    def _build_batch(self, examples: Sequence[Example], rollouts: Sequence[Rollout]) -> Batch:
+        samples = [
+            Sample(self.prompts.student(example), self.prompts.teacher(example), rollout)
+            for example, rollout in zip(examples, rollouts, strict=True)
+        ]
+        multiple = self.config.parallel.tensor_model_parallel_size if self.config.parallel.sequence_parallel else 1
+        return build_batch(samples, self.config.prompts.skip_first_tokens, multiple)
+
+    def _accuracy(self, examples: Sequence[Example], rollouts: Sequence[Rollout]) -> dict[str, float]:
+        """Share of right rollouts, where all answers are known."""
+        if any(example.answer is None for example in examples):
+            return {}
+        right = grade(rollouts, examples, self.prompts.tokenizer, self.config.evaluate.answer_check)
+        return {"accuracy": sum(right) / len(right)}
+
+    def _max_logprob_gap(self) -> float:
+        return self.config.rollout.refit_max_logprob_gap or MAX_LOGPROB_GAP[self.config.model.dtype]
+
+
+def train(config: Config) -> None:
+    """Run until ``train.steps``, evaluating and saving on the way. Every rank of the run calls this."""
+    layout = parallel.initialize(config.parallel, config.train.seed)
+    run_dir = Path(config.logging.run_dir)
+    start_logging(run_dir, layout.rank)
+    trainer = Trainer(config, layout)
+    held_out = []
+    if config.evaluate.data and config.evaluate.interval:
+        held_out = read_examples(config.evaluate.data, trainer.prompts.tokenizer, "evaluate.data")[: config.evaluate.limit]
+    steps, interval = config.train.steps, config.evaluate.interval
+    with MetricsWriter(config, start=trainer.steps_done, enabled=layout.rank == 0) as writer:
+        if trainer.steps_done == 0 and held_out:
+            writer.evaluation(0, trainer.evaluate(held_out))
+        while trainer.steps_done < steps:
+            writer.step(trainer.step())
+            last = trainer.steps_done == steps
+            if held_out and (is_due(trainer.steps_done, interval) or last):
+                writer.evaluation(trainer.steps_done, trainer.evaluate(held_out))
+            if config.checkpoint.save_interval and (is_due(trainer.steps_done, config.checkpoint.save_interval) or last):
+                trainer.save()
+        if config.checkpoint.export_hf:
+            trainer.export_hf()
+            writer.say(f"the trained model is in {run_dir / 'hf'}")
+    trainer.engine.close()
+    parallel.finalize()
+
+
+def is_due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0

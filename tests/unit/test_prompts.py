@@ -1,0 +1,123 @@
+"""Prompts under the chat template that Qwen3 is published with, on the arithmetic example's small tokenizer."""
+
+import importlib.util
+import itertools
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from megatron_opsd.config import Config, DataConfig, ModelConfig, PromptsConfig
+from megatron_opsd.errors import UserError
+from megatron_opsd.prompts import STUDENT_TEMPLATE, TEACHER_TEMPLATE, PromptBuilder, build_prompts, fill
+from megatron_opsd.types import Example
+
+BASE = Path(__file__).parents[2] / "examples" / "arithmetic" / "base"
+EXAMPLE = Example(0, r"Find \frac{1}{2} of {x}.", r"It is {solution} \boxed{\frac{x}{2}}, says {problem}.", "x/2")
+HEADER = "<|im_start|>assistant\n"
+NO_THOUGHTS = "<think>\n\n</think>\n\n"
+
+
+def qwen3_template() -> str:
+    # Read from where trl lies, without importing it: trl pulls in much that is not needed here.
+    spec = importlib.util.find_spec("trl")
+    assert spec is not None
+    assert spec.origin is not None
+    return (Path(spec.origin).parent / "chat_templates" / "qwen3.jinja").read_text()
+
+
+@pytest.fixture(params=["qwen3", "arithmetic"])
+def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    if request.param == "qwen3":
+        tokenizer.chat_template = qwen3_template()
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("student_thinking", "teacher_thinking"), list(itertools.product([False, True], repeat=2)), ids=str
+)
+def test_every_pairing_of_thinking_predicts_the_same_response(
+    tokenizer: PreTrainedTokenizerBase, student_thinking: bool, teacher_thinking: bool
+) -> None:
+    builder = PromptBuilder(tokenizer, student_thinking=student_thinking, teacher_thinking=teacher_thinking)
+    response = [*tokenizer.encode(r"Half of it is \boxed{x/2}."), tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    predicted = []
+    for prompt, thinking in (
+        (builder.student(EXAMPLE), student_thinking),
+        (builder.teacher(EXAMPLE), teacher_thinking),
+    ):
+        ending = tokenizer.decode(prompt).rpartition("<|im_end|>\n")[2]
+        assert ending == HEADER + ("" if thinking else NO_THOUGHTS)
+        sequence = prompt + response
+        # The logits at position i predict token i + 1.
+        predicted.append([sequence[i + 1] for i in range(len(prompt) - 1, len(sequence) - 1)])
+    assert predicted[0] == predicted[1] == response
+
+
+def test_rendered_prompts_are_one_user_turn_with_the_texts_as_they_are(tokenizer: PreTrainedTokenizerBase) -> None:
+    builder = PromptBuilder(tokenizer)
+    student, teacher = tokenizer.decode(builder.student(EXAMPLE)), tokenizer.decode(builder.teacher(EXAMPLE))
+    assert student == (
+        f"<|im_start|>user\nProblem: {EXAMPLE.problem}\n\nPlease reason step by step, and put your final answer "
+        f"within \\boxed{{}}.<|im_end|>\n{HEADER}{NO_THOUGHTS}"
+    )
+    assert teacher.startswith(f"<|im_start|>user\nProblem: {EXAMPLE.problem}\n\n")
+    assert EXAMPLE.solution in teacher
+    assert EXAMPLE.solution not in student
+    assert teacher.endswith(f"put your final answer within \\boxed{{}}.<|im_end|>\n{HEADER}")
+    assert teacher.count("<|im_start|>") == 2
+
+
+@pytest.mark.parametrize("prefix", ["<think>\n", NO_THOUGHTS, "Sol"])
+def test_teacher_prefix_is_appended_and_never_merges_with_the_response(
+    tokenizer: PreTrainedTokenizerBase, prefix: str
+) -> None:
+    plain, prefixed = PromptBuilder(tokenizer), PromptBuilder(tokenizer, teacher_prefix=prefix)
+    prefix_ids = tokenizer.encode(prefix, add_special_tokens=False)
+    assert prefixed.teacher(EXAMPLE) == plain.teacher(EXAMPLE) + prefix_ids
+    assert prefixed.student(EXAMPLE) == plain.student(EXAMPLE)
+
+
+def test_an_empty_think_block_as_prefix_equals_thinking_off(tokenizer: PreTrainedTokenizerBase) -> None:
+    prefixed = PromptBuilder(tokenizer, teacher_thinking=True, teacher_prefix=NO_THOUGHTS)
+    assert prefixed.teacher(EXAMPLE) == PromptBuilder(tokenizer, teacher_thinking=False).teacher(EXAMPLE)
+
+
+def test_fill_replaces_placeholders_once_and_leaves_other_braces() -> None:
+    filled = fill(r"{problem} {x} \boxed{} {{problem}} {solution}", {"problem": "{solution}", "solution": "{problem}"})
+    assert filled == r"{solution} {x} \boxed{} {{solution}} {problem}"
+
+
+@pytest.mark.parametrize(
+    ("field", "template", "message"),
+    [
+        ("student_template", "Solve it.", "prompts.student_template has no {problem}"),
+        ("student_template", "{problem} {solution}", "prompts.student_template contains {solution}"),
+        ("teacher_template", "{problem}", "prompts.teacher_template has no {solution}"),
+        ("teacher_template", "{solution}", "prompts.teacher_template has no {problem}"),
+    ],
+)
+def test_bad_templates_are_refused(tokenizer: PreTrainedTokenizerBase, field: str, template: str, message: str) -> None:
+    templates = {"student_template": STUDENT_TEMPLATE, "teacher_template": TEACHER_TEMPLATE, field: template}
+    with pytest.raises(UserError) as caught:
+        PromptBuilder(tokenizer, **templates)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_tokenizer_without_chat_template_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match="has no chat template"):
+        PromptBuilder(tokenizer)
+
+
+def test_build_prompts_takes_tokenizer_and_templates_from_the_configuration(tmp_path: Path) -> None:
+    settings = PromptsConfig(student_template="Q: {problem}", student_thinking=True, teacher_prefix="<think>\n")
+    data = DataConfig(path="unused.jsonl")
+    builder = build_prompts(Config(model=ModelConfig(path=str(BASE)), data=data, prompts=settings))
+    assert builder.tokenizer.decode(builder.student(EXAMPLE)) == (
+        f"<|im_start|>user\nQ: {EXAMPLE.problem}<|im_end|>\n{HEADER}"
+    )
+    assert builder.tokenizer.decode(builder.teacher(EXAMPLE)).endswith(HEADER + "<think>\n")
+    with pytest.raises(UserError, match=r"model\.path = '.*': its tokenizer cannot be loaded"):
+        build_prompts(Config(model=ModelConfig(path=str(tmp_path)), data=data))
