@@ -13,7 +13,21 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_opsd.errors import UserError
-from megatron_opsd.prompts import STUDENT_TEMPLATE, TEACHER_TEMPLATE
+
+# The wording of the prompts. Here because it is configuration; prompts.py turns it into token ids.
+_CLOSING = r"Please reason step by step, and put your final answer within \boxed{}."
+
+STUDENT_TEMPLATE = "Problem: {problem}\n\n" + _CLOSING
+
+TEACHER_TEMPLATE = (
+    "Problem: {problem}\n\n"
+    "The following solution is known to be correct.\n\n"
+    "--- begin solution ---\n"
+    "{solution}\n"
+    "--- end solution ---\n\n"
+    "Make sure you understand every step of it. Then derive the answer yourself, in your own words, as if you had "
+    "not been shown the solution.\n\n" + _CLOSING
+)
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -36,6 +50,8 @@ class ModelConfig(Section):
 class TeacherConfig(Section):
     placement: Literal["resident", "offload"] = "resident"
     """`offload` keeps the teacher's weights in pinned host memory while it is not scoring."""
+    sees: Literal["solution", "shuffled", "nothing"] = "solution"
+    """`solution` is the method. Controls: `shuffled`, another problem's solution; `nothing`, the student's prompt."""
 
 
 class ParallelConfig(Section):
@@ -52,6 +68,8 @@ class ParallelConfig(Section):
 class DataConfig(Section):
     path: str
     """JSONL, JSON or parquet file, or a dataset's id on the Hugging Face hub."""
+    subset: str | None = None
+    """Configuration of a dataset from the hub, such as `main` of openai/gsm8k."""
     split: str = "train"
     """Split of a dataset from the hub."""
     problem_column: str = "problem"

@@ -262,7 +262,7 @@ def _dataset_rows(config: DataConfig, section: str, preview: bool) -> Iterator[_
             whole_split = re.split(r"[\[+]", config.split)[0]  # streams know no slices such as train[:100]
             rows = datasets.load_dataset(config.path, split=whole_split, streaming=True)
         else:
-            rows = datasets.load_dataset(config.path, split=config.split)
+            rows = datasets.load_dataset(config.path, config.subset, split=config.split)
         for number, row in enumerate(rows, start=1):
             yield _placed(f"{config.path}, row {number}", row)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:

@@ -131,12 +131,16 @@ class MetricsWriter:
         self._metrics = _open_log(run_dir / "metrics.jsonl", start)
         self._evaluations = _open_log(run_dir / "evaluations.jsonl", start)
         purge = start + 1 if start else None
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge) if config.logging.tensorboard else None
+        self._board = (
+            SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge) if config.logging.tensorboard else None
+        )
         self._rollouts = run_dir / "rollouts"
         self._console = Console()
         columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         live = self._console.is_terminal
-        self._progress = Progress(*columns, TextColumn("{task.fields[numbers]}"), console=self._console, disable=not live)
+        self._progress = Progress(
+            *columns, TextColumn("{task.fields[numbers]}"), console=self._console, disable=not live
+        )
         self._task = self._progress.add_task("step", total=config.train.steps, completed=start, numbers="")
 
     def __enter__(self) -> Self:
@@ -217,4 +221,3 @@ def _numbers(metrics: dict[str, float]) -> str:
         f"loss {metrics['loss']:.4f}{accuracy}  grad {metrics['grad_norm']:.2f}  {rate:.0f} tokens/s  "
         f"{metrics['seconds_total']:.2f} s ({phases})"
     )
-

@@ -63,20 +63,17 @@ def device() -> torch.device:
 
 
 def initialize(config: ParallelConfig, seed: int) -> Layout:
-    """Join the process group torchrun describes (or start one of a single process) and build Megatron's groups.
+    """Join the process group torchrun describes (or one of a single process) and build Megatron's groups.
+
+    Called again in the same process group it builds them anew, for another layout.
 
     Raises:
         UserError: the rendezvous port is taken.
     """
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "29500")
-        _check_port_is_free(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=config.timeout_minutes))
+    if not dist.is_initialized():
+        _join(timedelta(minutes=config.timeout_minutes))
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
@@ -88,6 +85,17 @@ def initialize(config: ParallelConfig, seed: int) -> Layout:
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
     )
+
+
+def _join(timeout: timedelta) -> None:
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "29500")
+        _check_port_is_free(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
 
 
 def seed_everything(seed: int) -> None:

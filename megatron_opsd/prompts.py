@@ -10,27 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from megatron_opsd.config import STUDENT_TEMPLATE, TEACHER_TEMPLATE, Config
 from megatron_opsd.errors import UserError
 from megatron_opsd.types import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from megatron_opsd.config import Config
-
-_CLOSING = r"Please reason step by step, and put your final answer within \boxed{}."
-
-STUDENT_TEMPLATE = "Problem: {problem}\n\n" + _CLOSING
-
-TEACHER_TEMPLATE = (
-    "Problem: {problem}\n\n"
-    "The following solution is known to be correct.\n\n"
-    "--- begin solution ---\n"
-    "{solution}\n"
-    "--- end solution ---\n\n"
-    "Make sure you understand every step of it. Then derive the answer yourself, in your own words, as if you had "
-    "not been shown the solution.\n\n" + _CLOSING
-)
 
 _PLACEHOLDER = re.compile(r"\{(problem|solution)\}")
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -152,11 +153,24 @@ class Trainer:
 
     def _build_batch(self, examples: Sequence[Example], rollouts: Sequence[Rollout]) -> Batch:
         samples = [
-            Sample(self.prompts.student(example), self.prompts.teacher(example), rollout)
-            for example, rollout in zip(examples, rollouts, strict=True)
+            Sample(self.prompts.student(example), teacher_prompt, rollout)
+            for example, teacher_prompt, rollout in zip(
+                examples, self._teacher_prompts(examples), rollouts, strict=True
+            )
         ]
         multiple = self.config.parallel.tensor_model_parallel_size if self.config.parallel.sequence_parallel else 1
         return build_batch(samples, self.config.prompts.skip_first_tokens, multiple)
+
+    def _teacher_prompts(self, examples: Sequence[Example]) -> list[list[int]]:
+        match self.config.teacher.sees:
+            case "solution":
+                shown = list(examples)
+            case "shuffled":
+                others = [*examples[1:], examples[0]]
+                shown = [replace(x, solution=other.solution) for x, other in zip(examples, others, strict=True)]
+            case "nothing":
+                return [self.prompts.student(example) for example in examples]
+        return [self.prompts.teacher(example) for example in shown]
 
     def _accuracy(self, examples: Sequence[Example], rollouts: Sequence[Rollout]) -> dict[str, float]:
         """Share of right rollouts, where all answers are known."""
@@ -177,7 +191,9 @@ def train(config: Config) -> None:
     trainer = Trainer(config, layout)
     held_out = []
     if config.evaluate.data and config.evaluate.interval:
-        held_out = read_examples(config.evaluate.data, trainer.prompts.tokenizer, "evaluate.data")[: config.evaluate.limit]
+        held_out = read_examples(config.evaluate.data, trainer.prompts.tokenizer, "evaluate.data")[
+            : config.evaluate.limit
+        ]
     steps, interval = config.train.steps, config.evaluate.interval
     with MetricsWriter(config, start=trainer.steps_done, enabled=layout.rank == 0) as writer:
         if trainer.steps_done == 0 and held_out:
@@ -187,7 +203,9 @@ def train(config: Config) -> None:
             last = trainer.steps_done == steps
             if held_out and (is_due(trainer.steps_done, interval) or last):
                 writer.evaluation(trainer.steps_done, trainer.evaluate(held_out))
-            if config.checkpoint.save_interval and (is_due(trainer.steps_done, config.checkpoint.save_interval) or last):
+            if config.checkpoint.save_interval and (
+                is_due(trainer.steps_done, config.checkpoint.save_interval) or last
+            ):
                 trainer.save()
         if config.checkpoint.export_hf:
             trainer.export_hf()

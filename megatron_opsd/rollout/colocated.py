@@ -1,6 +1,5 @@
 """vLLM inside the training processes, in turns with training on the same devices."""
 
-import logging
 import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -25,7 +24,7 @@ def prepare_environment() -> None:
     settings = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in this process
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_CONFIGURE_LOGGING": "0",  # vLLM's messages go where the run's go
     }
     if not torch.cuda.is_available():
         settings |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1", "VLLM_HOST_IP": "127.0.0.1"}
@@ -115,7 +114,6 @@ def _start(config: Config, max_model_len: int) -> "LLM":
     prepare_environment()
     from vllm import LLM
 
-    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
     rollout = config.rollout
     on_gpu = torch.cuda.is_available()
     return LLM(

@@ -244,7 +244,7 @@ def test_a_flat_and_a_sharp_side(kind: Any) -> None:
     expected = reference(exact, teacher.double(), spec)
     torch.testing.assert_close(out.loss.double(), expected["loss"], rtol=1e-6, atol=0)
     expected_grad = gradient(expected["loss"], exact)
-    assert (gradient(out.loss, student) - expected_grad).norm() <= 1e-6 * expected_grad.norm()
+    assert (gradient(out.loss, student) - expected_grad).norm() <= 1e-5 * expected_grad.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
