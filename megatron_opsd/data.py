@@ -260,7 +260,7 @@ def _dataset_rows(config: DataConfig, section: str, preview: bool) -> Iterator[_
             rows = datasets.load_dataset("parquet", data_files=config.path, split="train", streaming=True)
         elif preview and (path.is_dir() or not datasets.config.HF_HUB_OFFLINE):
             whole_split = re.split(r"[\[+]", config.split)[0]  # streams know no slices such as train[:100]
-            rows = datasets.load_dataset(config.path, split=whole_split, streaming=True)
+            rows = datasets.load_dataset(config.path, config.subset, split=whole_split, streaming=True)
         else:
             rows = datasets.load_dataset(config.path, config.subset, split=config.split)
         for number, row in enumerate(rows, start=1):

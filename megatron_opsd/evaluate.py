@@ -69,7 +69,7 @@ def grade(
     rank, world_size = dist.get_rank(), dist.get_world_size()
     own = [
         example.answer is not None
-        and is_correct(tokenizer.decode(rollout.token_ids, skip_special_tokens=True), example.answer, answer_check)
+        and is_correct(str(tokenizer.decode(rollout.token_ids, skip_special_tokens=True)), example.answer, answer_check)
         for rollout, example in list(zip(rollouts, examples, strict=True))[rank::world_size]
     ]
     parts: list[list[bool]] = [[] for _ in range(world_size)]

@@ -94,7 +94,7 @@ class Clock:
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
-        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -61,10 +61,9 @@ class SDPACoreAttention(MegatronModule):
     ) -> Tensor:
         assert attention_mask is None, "the causal mask is the only one"
         assert packed_seq_params is None, "sequences are padded, not packed"
-        heads_first = [x.permute(1, 2, 0, 3) for x in (query, key, value)]  # [b, np, s, hn]
-        out = F.scaled_dot_product_attention(
-            *heads_first, is_causal=True, scale=self.softmax_scale, enable_gqa=query.shape[2] != key.shape[2]
-        )
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, np, s, hn]
+        grouped = query.shape[2] != key.shape[2]
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped)
         return out.permute(2, 0, 1, 3).flatten(2)  # [s, b, np*hn]
 
 
@@ -76,9 +75,10 @@ class HiddenStateGPT(GPTModel):
 
     def head_weight(self) -> Tensor:
         """This rank's rows of the LM head [v/tp, h]; only on the last stage."""
-        if self.share_embeddings_and_output_weights:
-            return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
+        shared = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if shared else self.output_layer.weight
+        assert weight is not None, "this stage has no LM head"
+        return weight
 
     def head_input(self, hidden_states: Tensor) -> Tensor:
         """Whole hidden states [s, b, h] for a vocabulary-parallel head.
@@ -135,12 +135,13 @@ def _layer_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmo
     if use_transformer_engine():
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
     layer = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
-    parts = layer.submodules
+    parts: Any = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     attention = parts.self_attention.submodules
     attention.q_layernorm = attention.k_layernorm = RMSNorm
     attention.core_attention = SDPACoreAttention
-    return TransformerBlockSubmodules([layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    layers = [layer] * get_num_layers_to_build(config)
+    return TransformerBlockSubmodules(layers, layer_norm=RMSNorm)  # pyright: ignore[reportArgumentType]
 
 
 def build_model(
@@ -151,14 +152,14 @@ def build_model(
     stage, stages = pg_collection.pp.rank(), pg_collection.pp.size()
     return HiddenStateGPT(
         config,
-        _layer_spec(config),
+        _layer_spec(config),  # pyright: ignore[reportArgumentType]
         vocab_size=arch.padded_vocab_size(layout.tensor_model_parallel_size),
         max_sequence_length=arch.max_position_embeddings,
         pre_process=stage == 0,
         post_process=stage == stages - 1,
         share_embeddings_and_output_weights=arch.share_embeddings_and_output_weights,
         position_embedding_type="rope",
-        rotary_base=arch.rotary_base,  # type: ignore[arg-type]
+        rotary_base=arch.rotary_base,  # pyright: ignore[reportArgumentType]
         pg_collection=pg_collection,
     )
 

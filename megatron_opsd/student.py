@@ -71,9 +71,10 @@ class Student:
         return hidden, partial(self._loss, microbatch, target, teacher_head)
 
     def _loss(
-        self, microbatch: Microbatch, target: Tensor, teacher_head: Tensor, hidden: Tensor
+        self, microbatch: Microbatch, target: Tensor, teacher_head: Tensor | None, hidden: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Sum of the weighted divergences, the count Megatron divides by, and what is logged."""
+        assert teacher_head is not None
         whole = self.model.head_input(hidden)  # [s, b, h]
         loss, out = linear_divergence(
             whole.flatten(0, 1)[microbatch.student_index],  # [n, h]

@@ -72,7 +72,7 @@ def qwen3_rules(arch: Architecture) -> list[Rule]:
             layer + "mlp.linear_fc1.weight",
             {hf + "mlp.gate_proj.weight": (f, h), hf + "mlp.up_proj.weight": (f, h)},
             0,
-            fuse=torch.cat,
+            fuse=lambda parts: torch.cat(list(parts)),
             split=lambda weight: list(weight.chunk(2)),
         ),
         _single(layer + "mlp.linear_fc2.weight", hf + "mlp.down_proj.weight", (h, f), 1),

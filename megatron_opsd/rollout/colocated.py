@@ -71,7 +71,7 @@ class ColocatedVLLM:
         # One rank speaks for each engine; all ranks get all rollouts.
         gathered: list[list[Rollout]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(gathered, rollouts if self._rank_in_engine == 0 else [])
-        by_engine = [part for part in gathered[:: dist.get_world_size() // self._engines]]
+        by_engine = gathered[:: dist.get_world_size() // self._engines]
         return [by_engine[i % self._engines][i // self._engines] for i in range(len(prompts))]
 
     def _rollout(self, completion: "object") -> Rollout:

@@ -49,7 +49,7 @@ def verified(
 
 
 def check_logprob_gap(losses: LossSums, version: int, largest: float) -> None:
-    """Compare vLLM's log-probs of its own tokens with Megatron's for the same tokens and weights, both at temperature 1.
+    """Compare vLLM's log-probs of its own tokens with Megatron's for the same tokens and weights (temperature 1).
 
     largest: limit of the mean absolute difference over the step's response tokens, in nats.
 
