@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.optimizer import MegatronOptimizer
@@ -67,10 +66,9 @@ def load(path: Path, model: HiddenStateGPT, optimizer: MegatronOptimizer, teache
             f"{path}: was trained with the teacher {progress.teacher[:16]}, but model.path holds {teacher[:16]}; "
             "resume with the model the run started from"
         )
-    state = dist_checkpointing.load(_state(model, optimizer, loading=True), str(path))
-    model.load_state_dict(
-        {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}, strict=False
-    )
+    state: Any = dist_checkpointing.load(_state(model, optimizer, loading=True), str(path))
+    weights = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
+    model.load_state_dict(weights, strict=False)
     optimizer.load_state_dict(state["optimizer"])
     return progress
 

@@ -122,7 +122,7 @@ def transformer_config(arch: Architecture, model: ModelConfig, layout: ParallelC
         recompute_granularity="full" if recompute else None,
         recompute_method="uniform" if recompute else None,
         recompute_num_layers=1 if recompute else None,
-        perform_initialization=False,  # the weights come from files
+        perform_initialization=True,  # else Megatron does not mark shards, and the gradient norm misses ranks > 0
         use_cpu_initialization=not torch.cuda.is_available(),
         gradient_accumulation_fusion=False,  # needs Apex; the head, the largest, has its own accumulation
         masked_softmax_fusion=False,

@@ -162,15 +162,13 @@ class Trainer:
         return build_batch(samples, self.config.prompts.skip_first_tokens, multiple)
 
     def _teacher_prompts(self, examples: Sequence[Example]) -> list[list[int]]:
-        match self.config.teacher.sees:
-            case "solution":
-                shown = list(examples)
-            case "shuffled":
-                others = [*examples[1:], examples[0]]
-                shown = [replace(x, solution=other.solution) for x, other in zip(examples, others, strict=True)]
-            case "nothing":
-                return [self.prompts.student(example) for example in examples]
-        return [self.prompts.teacher(example) for example in shown]
+        sees = self.config.teacher.sees
+        if sees == "nothing":
+            return [self.prompts.student(example) for example in examples]
+        if sees == "shuffled":
+            others = [*examples[1:], *examples[:1]]
+            examples = [replace(x, solution=other.solution) for x, other in zip(examples, others, strict=True)]
+        return [self.prompts.teacher(example) for example in examples]
 
     def _accuracy(self, examples: Sequence[Example], rollouts: Sequence[Rollout]) -> dict[str, float]:
         """Share of right rollouts, where all answers are known."""

