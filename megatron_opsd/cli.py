@@ -1,6 +1,7 @@
 """The command line: ``opsd``, or ``python -m megatron_opsd`` under torchrun."""
 
 import argparse
+import difflib
 import os
 import sys
 import warnings
@@ -16,17 +17,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="opsd", description="On-Policy Self-Distillation of Qwen3.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (help_text, _) in COMMANDS.items():
-        command = commands.add_parser(name, help=help_text, description=help_text)
+        usage = f"opsd {name} FILE.toml [--section.key VALUE ...]"  # argparse would list every setting
+        command = commands.add_parser(name, help=help_text, description=help_text, usage=usage, allow_abbrev=False)
         command.add_argument("config", metavar="FILE.toml", help="the run's configuration")
         if name == "check":
             command.add_argument("--world-size", type=int, help="ranks of the run, where known")
         if name == "evaluate":
             command.add_argument("--out", type=Path, help="write the responses to this JSONL")
         add_overrides(command)
-    options = vars(parser.parse_args(arguments))
+    parsed, unknown = parser.parse_known_args(arguments)
+    options = vars(parsed)
     overrides = {name: options.pop(name) for name in fields() if name in options}
     warnings.filterwarnings("ignore", module=r"megatron\.core|torch")  # at import: what a machine does not have
     try:
+        if unknown:
+            nearest = difflib.get_close_matches(unknown[0], [f"--{name}" for name in fields()], n=1, cutoff=0)[0]
+            raise UserError(f"{unknown[0]}: unknown option; the nearest valid one is {nearest}")
         config = load_config(options["config"], overrides)
         COMMANDS[options["command"]][1](config, argparse.Namespace(**options))
     except UserError as error:

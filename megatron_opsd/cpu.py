@@ -75,17 +75,9 @@ def _repair_distributed_optimizer() -> None:
     """Round-trip torch's Adam through the distributed optimizer's checkpoints (three repairs, see the comments)."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    load_state_dict = DistributedOptimizer.load_state_dict
+    state_dict, load_state_dict = DistributedOptimizer.state_dict, DistributedOptimizer.load_state_dict
 
-    @torch.no_grad()
-    def set_states(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
-        group, order = self.model_param_group_index_map[model_param]
-        main_param = self.optimizer.param_groups[group]["params"][order]
-        for key, target in {"param": main_param, **self.optimizer.state[main_param]}.items():
-            if key != "step":  # torch's Adam alone counts steps per parameter; Megatron keeps them per group
-                target.copy_(tensors[key])
-
-    def load(self: Any, state_dict: dict) -> None:
+    def describe(self: Any) -> dict:
         for group in self.optimizer.param_groups:  # torch's Adam has no state to load into before its first step
             for param in group["params"]:
                 if not self.optimizer.state[param]:
@@ -94,9 +86,21 @@ def _repair_distributed_optimizer() -> None:
                         "exp_avg": torch.zeros_like(param),
                         "exp_avg_sq": torch.zeros_like(param),
                     }
-        load_state_dict(self, state_dict)
-        for state in self.optimizer.state.values():  # Megatron restores one shared tensor; Adam counts it up per param
-            state["step"] = state["step"].clone()
+        return state_dict(self)
 
-    DistributedOptimizer._set_main_param_and_optimizer_states = set_states
+    def load(self: Any, state: dict) -> None:
+        load_state_dict(self, state)
+        for param_state in self.optimizer.state.values():  # Megatron restores one shared tensor, and torch's Adam
+            param_state["step"] = param_state["step"].clone()  # would count it up once for each parameter
+
+    @torch.no_grad()
+    def set_states(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        main_param = self.optimizer.param_groups[group]["params"][order]
+        for key, target in {"param": main_param, **self.optimizer.state[main_param]}.items():
+            if key != "step":  # only torch's Adam has it in the state; Megatron keeps it in the group
+                target.copy_(tensors[key])
+
+    DistributedOptimizer.state_dict = describe
     DistributedOptimizer.load_state_dict = load
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states

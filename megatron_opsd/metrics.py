@@ -6,9 +6,9 @@ import resource
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,10 @@ from megatron_opsd.batch import Microbatch
 from megatron_opsd.config import Config, dump_toml
 from megatron_opsd.objective.statistics import DivergenceOutput
 from megatron_opsd.parallel import Layout
-from megatron_opsd.types import Evaluation
+from megatron_opsd.types import Evaluation, StepResult
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PHASES = ("rollout", "teacher", "student", "optimizer", "refit")
 
@@ -122,8 +125,8 @@ class MetricsWriter:
     A resumed run drops the lines that were written after its checkpoint, so that each step stands once.
     """
 
-    def __init__(self, config: Config, start: int, enabled: bool) -> None:
-        self.enabled = enabled
+    def __init__(self, config: Config, tokenizer: "PreTrainedTokenizerBase", start: int, enabled: bool) -> None:
+        self.enabled, self._tokenizer = enabled, tokenizer
         if not enabled:
             return
         run_dir = Path(config.logging.run_dir)
@@ -134,7 +137,7 @@ class MetricsWriter:
         self._board = (
             SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge) if config.logging.tensorboard else None
         )
-        self._rollouts = run_dir / "rollouts"
+        self._rollouts, self._rollouts_interval = run_dir / "rollouts", config.logging.rollouts_interval
         self._console = Console()
         columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         live = self._console.is_terminal
@@ -161,15 +164,18 @@ class MetricsWriter:
         if self.enabled:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def step(self, metrics: dict[str, float]) -> None:
-        """Record one step: ``metrics`` holds ``step`` and the run's other numbers."""
+    def step(self, result: StepResult) -> None:
+        """Record one step, and now and then its rollouts."""
         if not self.enabled:
             return
-        self._record(self._metrics, metrics)
-        numbers = _numbers(metrics)
-        self._progress.update(self._task, completed=int(metrics["step"]), numbers=numbers)
+        step = int(result.metrics["step"])
+        self._record(self._metrics, result.metrics)
+        if is_due(step, self._rollouts_interval):
+            write_jsonl(self._rollouts / f"step_{step:06d}.jsonl", _describe(result, self._tokenizer))
+        numbers = _numbers(result.metrics)
+        self._progress.update(self._task, completed=step, numbers=numbers)
         if self._progress.disable:
-            self.say(f"step {metrics['step']}  {numbers}")
+            self.say(f"step {step}  {numbers}")
 
     def evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Record the accuracies after ``step`` steps, and keep the responses in rollouts/."""
@@ -185,6 +191,25 @@ class MetricsWriter:
         if self._board:
             for name, value in values.items():
                 self._board.add_scalar(name, value, int(values["step"]))
+
+
+def is_due(step: int, interval: int) -> bool:
+    """Whether something done every ``interval`` steps is done after ``step``; never where the interval is 0."""
+    return interval > 0 and step % interval == 0
+
+
+def _describe(result: StepResult, tokenizer: "PreTrainedTokenizerBase") -> list[dict[str, Any]]:
+    correct = result.correct or [None] * len(result.rollouts)
+    return [
+        {
+            "index": example.index,
+            "problem": example.problem,
+            "response": tokenizer.decode(rollout.token_ids),
+            "correct": right,
+            **asdict(rollout),
+        }
+        for example, rollout, right in zip(result.examples, result.rollouts, correct, strict=True)
+    ]
 
 
 def write_jsonl(file: Path, records: Sequence[dict[str, Any]]) -> None:

@@ -95,9 +95,24 @@ def use_transformer_engine() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
+def edge_stage_layers(num_layers: int, stages: int) -> tuple[int | None, int | None]:
+    """Layers of the first and the last stage where they do not divide evenly; (None, None) where they do.
+
+    The stages between get one size. The edges, which also hold the embedding and the head, get what is left.
+    """
+    if num_layers % stages == 0:
+        return None, None
+    between = -(-num_layers // stages)
+    if num_layers - between * (stages - 2) < 2:
+        between -= 1
+    left = num_layers - between * (stages - 2)
+    return left - left // 2, left // 2
+
+
 def transformer_config(arch: Architecture, model: ModelConfig, layout: ParallelConfig) -> TransformerConfig:
     dtype = DTYPES[model.dtype]
     recompute = model.recompute == "full"
+    first, last = edge_stage_layers(arch.num_layers, layout.pipeline_model_parallel_size)
     return TransformerConfig(
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
@@ -118,6 +133,8 @@ def transformer_config(arch: Architecture, model: ModelConfig, layout: ParallelC
         bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        num_layers_in_first_pipeline_stage=first,
+        num_layers_in_last_pipeline_stage=last,
         sequence_parallel=layout.sequence_parallel,
         recompute_granularity="full" if recompute else None,
         recompute_method="uniform" if recompute else None,

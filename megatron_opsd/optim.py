@@ -1,5 +1,7 @@
 """Megatron's optimizer and learning-rate schedule."""
 
+import math
+
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -46,3 +48,17 @@ def build_schedule(optimizer: MegatronOptimizer, config: OptimConfig, steps: int
     )
     schedule.step(1)  # the first update uses lr / warmup_steps, not zero
     return schedule
+
+
+def optimizer_step(optimizer: MegatronOptimizer, schedule: OptimizerParamScheduler) -> tuple[float, float]:
+    """Clip, update, advance the schedule. Returns the gradient norm before clipping and the learning rate used.
+
+    Raises:
+        FloatingPointError: the norm is not finite. The weights are spoilt; the last checkpoint is not.
+    """
+    lr = optimizer.param_groups[0]["lr"]
+    _, grad_norm, _ = optimizer.step()  # pyright: ignore[reportGeneralTypeIssues]  # abstract, declared without result
+    if not math.isfinite(grad_norm):
+        raise FloatingPointError(f"the gradient norm is {grad_norm}; resume from the last checkpoint with a lower lr")
+    schedule.step(1)
+    return float(grad_norm), lr

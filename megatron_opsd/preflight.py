@@ -58,7 +58,8 @@ def check_parallel(config: Config, arch: Architecture, world_size: int | None) -
     _check_divides(field, tp, "the model's num_attention_heads", arch.num_attention_heads)
     _check_divides(field, tp, "the model's num_key_value_heads", arch.num_query_groups)
     _check_divides(field, tp, "the model's intermediate_size", arch.ffn_hidden_size)
-    _check_divides("parallel.pipeline_model_parallel_size", pp, "the model's num_hidden_layers", arch.num_layers)
+    if pp > arch.num_layers:
+        raise UserError(f"parallel.pipeline_model_parallel_size = {pp} exceeds the model's {arch.num_layers} layers")
     if config.parallel.sequence_parallel and tp == 1:
         raise UserError("parallel.sequence_parallel needs parallel.tensor_model_parallel_size > 1")
     if world_size is not None and world_size % (tp * pp):

@@ -17,17 +17,17 @@ from megatron_opsd.conversion.load import load_hf
 from megatron_opsd.conversion.mapping import NameTable
 from megatron_opsd.data import Sampler, read_examples
 from megatron_opsd.evaluate import evaluate, grade
-from megatron_opsd.metrics import Clock, MetricsWriter, memory_peak_gib, start_logging
+from megatron_opsd.metrics import Clock, MetricsWriter, is_due, memory_peak_gib, start_logging
 from megatron_opsd.model import HiddenStateGPT, build_model
-from megatron_opsd.optim import build_optimizer, build_schedule
+from megatron_opsd.optim import build_optimizer, build_schedule, optimizer_step
 from megatron_opsd.preflight import max_model_len
-from megatron_opsd.prompts import build_prompts
+from megatron_opsd.prompts import PromptBuilder, build_prompts
 from megatron_opsd.rollout.colocated import ColocatedVLLM
 from megatron_opsd.rollout.engine import Sampling, sample_seed
 from megatron_opsd.rollout.refit import check_logprob_gap, refit
 from megatron_opsd.student import Student
 from megatron_opsd.teacher import Teacher
-from megatron_opsd.types import Evaluation, Example, Rollout
+from megatron_opsd.types import Evaluation, Example, Rollout, StepResult
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +62,8 @@ class Trainer:
             self._resume(resume_from)
         refit(self.exporter, self.engine, self.steps_done, verify=True)
 
-    def step(self) -> dict[str, float]:
-        """One step of On-Policy Self-Distillation; returns its metrics."""
+    def step(self) -> StepResult:
+        """One step of On-Policy Self-Distillation."""
         config, layout, clock = self.config, self.layout, Clock()
         parallel.seed_everything(sample_seed(config.train.seed, self.steps_done, 0))
         with clock.phase("rollout"):
@@ -81,18 +81,17 @@ class Trainer:
             self.teacher.offload()
         check_logprob_gap(losses, rollouts[0].weight_version, self._max_logprob_gap())
         with clock.phase("optimizer"):
-            lr = self.optimizer.param_groups[0]["lr"]
-            _, grad_norm, _ = self.optimizer.step()
-            self.schedule.step(1)
+            grad_norm, lr = optimizer_step(self.optimizer, self.schedule)
             self.steps_done += 1
         with clock.phase("refit"):
             verify = is_due(self.steps_done, config.rollout.refit_verify_interval)
             refit(self.exporter, self.engine, self.steps_done, verify)
-        return {
+        correct = self._grade(examples, rollouts)
+        metrics = {
             "step": self.steps_done,
             **losses.means(),
-            **self._accuracy(examples, rollouts),
-            "grad_norm": float(grad_norm),
+            **({"accuracy": sum(correct) / len(correct)} if correct else {}),
+            "grad_norm": grad_norm,
             "lr": lr,
             "tokens": losses.tokens,
             "response_length": sum(len(rollout.token_ids) for rollout in rollouts) / len(rollouts),
@@ -100,6 +99,7 @@ class Trainer:
             **clock.seconds(),
             "memory_peak_gib": memory_peak_gib(),
         }
+        return StepResult(metrics, examples, rollouts, correct)
 
     def evaluate(self, examples: Sequence[Example]) -> Evaluation:
         """Accuracy of the student's weights as the engine holds them."""
@@ -170,12 +170,11 @@ class Trainer:
             examples = [replace(x, solution=other.solution) for x, other in zip(examples, others, strict=True)]
         return [self.prompts.teacher(example) for example in examples]
 
-    def _accuracy(self, examples: Sequence[Example], rollouts: Sequence[Rollout]) -> dict[str, float]:
-        """Share of right rollouts, where all answers are known."""
+    def _grade(self, examples: Sequence[Example], rollouts: Sequence[Rollout]) -> list[bool]:
+        """Whether each rollout is right; empty where an answer is unknown."""
         if any(example.answer is None for example in examples):
-            return {}
-        right = grade(rollouts, examples, self.prompts.tokenizer, self.config.evaluate.answer_check)
-        return {"accuracy": sum(right) / len(right)}
+            return []
+        return grade(rollouts, examples, self.prompts.tokenizer, self.config.evaluate.answer_check)
 
     def _max_logprob_gap(self) -> float:
         return self.config.rollout.refit_max_logprob_gap or MAX_LOGPROB_GAP[self.config.model.dtype]
@@ -187,23 +186,17 @@ def train(config: Config) -> None:
     run_dir = Path(config.logging.run_dir)
     start_logging(run_dir, layout.rank)
     trainer = Trainer(config, layout)
-    held_out = []
-    if config.evaluate.data and config.evaluate.interval:
-        held_out = read_examples(config.evaluate.data, trainer.prompts.tokenizer, "evaluate.data")[
-            : config.evaluate.limit
-        ]
-    steps, interval = config.train.steps, config.evaluate.interval
-    with MetricsWriter(config, start=trainer.steps_done, enabled=layout.rank == 0) as writer:
+    held_out = read_held_out(config, trainer.prompts)
+    last, saves = config.train.steps, config.checkpoint.save_interval
+    with MetricsWriter(config, trainer.prompts.tokenizer, trainer.steps_done, enabled=layout.rank == 0) as writer:
         if trainer.steps_done == 0 and held_out:
             writer.evaluation(0, trainer.evaluate(held_out))
-        while trainer.steps_done < steps:
+        while trainer.steps_done < last:
             writer.step(trainer.step())
-            last = trainer.steps_done == steps
-            if held_out and (is_due(trainer.steps_done, interval) or last):
-                writer.evaluation(trainer.steps_done, trainer.evaluate(held_out))
-            if config.checkpoint.save_interval and (
-                is_due(trainer.steps_done, config.checkpoint.save_interval) or last
-            ):
+            done = trainer.steps_done
+            if held_out and (done == last or is_due(done, config.evaluate.interval)):
+                writer.evaluation(done, trainer.evaluate(held_out))
+            if saves and (done == last or is_due(done, saves)):
                 trainer.save()
         if config.checkpoint.export_hf:
             trainer.export_hf()
@@ -212,5 +205,8 @@ def train(config: Config) -> None:
     parallel.finalize()
 
 
-def is_due(step: int, interval: int) -> bool:
-    return interval > 0 and step % interval == 0
+def read_held_out(config: Config, prompts: PromptBuilder) -> list[Example]:
+    """The problems to evaluate on during training; none where evaluation is off."""
+    if config.evaluate.data is None or config.evaluate.interval == 0:
+        return []
+    return read_examples(config.evaluate.data, prompts.tokenizer, "evaluate.data")[: config.evaluate.limit]

@@ -34,6 +34,19 @@ class Rollout:
 
 
 @dataclass(frozen=True, slots=True)
+class StepResult:
+    """One training step: its numbers under the names of metrics.jsonl, and the examples and rollouts it was made of.
+
+    `correct` says of each rollout whether its answer is right; it is empty where an example has no answer.
+    """
+
+    metrics: dict[str, float]
+    examples: list[Example]
+    rollouts: list[Rollout]
+    correct: list[bool]
+
+
+@dataclass(frozen=True, slots=True)
 class Evaluation:
     """What an evaluation found.
 

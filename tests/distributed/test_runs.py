@@ -1,0 +1,84 @@
+"""Whole runs under torchrun: the same rollouts in every layout, and a resumed run that equals the unbroken one."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from .command_line import read_jsonl, train
+
+QUICK = ("--evaluate.interval", "0", "--train.global_batch_size", "16", "--train.micro_batch_size", "8")
+QUICK += ("--logging.rollouts_interval", "1", "--logging.tensorboard", "false")
+TP, PP = "--parallel.tensor_model_parallel_size", "--parallel.pipeline_model_parallel_size"
+VLLM_TP = "--rollout.tensor_model_parallel_size"
+
+UNREPEATABLE = ("seconds_", "memory_")
+
+
+def numbers(run_dir: Path) -> list[dict]:
+    """metrics.jsonl without what no two runs share."""
+    return [
+        {name: value for name, value in line.items() if not name.startswith(UNREPEATABLE)}
+        for line in read_jsonl(run_dir / "metrics.jsonl")
+    ]
+
+
+def tokens(run_dir: Path, step: int) -> list[list[int]]:
+    return [record["token_ids"] for record in read_jsonl(run_dir / "rollouts" / f"step_{step:06d}.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four steps at TP2 with two vLLM engines, saved after two and four."""
+    run_dir = tmp_path_factory.mktemp("runs") / "unbroken"
+    train(run_dir, *QUICK, "--train.steps", "4", "--checkpoint.save_interval", "2", ranks=2)
+    return run_dir
+
+
+def test_resumed_run_equals_the_unbroken_one_bit_for_bit(unbroken: Path) -> None:
+    run_dir = unbroken.with_name("resumed")
+    shutil.copytree(unbroken, run_dir)
+    shutil.rmtree(run_dir / "checkpoints" / "step_000004")
+    (run_dir / "checkpoints" / "step_000003").mkdir()  # no progress.json: not complete, so not taken
+    resume = ("--checkpoint.resume", "auto", "--train.steps", "4", "--checkpoint.save_interval", "2")
+    train(run_dir, *QUICK, *resume, ranks=2)
+    assert numbers(run_dir) == numbers(unbroken)
+    assert [line["step"] for line in numbers(run_dir)] == [1, 2, 3, 4]
+    assert tokens(run_dir, 4) == tokens(unbroken, 4)
+    weights, wanted = (load_file(path / "hf" / "model.safetensors") for path in (run_dir, unbroken))
+    assert all((weights[name] == wanted[name]).all() for name in wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "layout"),
+    [
+        ("one", 1, (TP, "1")),
+        ("pp2_vllm_tp2", 2, (TP, "1", PP, "2", VLLM_TP, "2")),
+    ],
+)
+def test_another_layout_takes_the_checkpoint_on(unbroken: Path, name: str, ranks: int, layout: tuple[str, ...]) -> None:
+    """The same rollouts token for token, the same losses and gradients, from a checkpoint that TP2 wrote."""
+    run_dir = unbroken.with_name(name)
+    resume = ("--checkpoint.resume", str(unbroken / "checkpoints" / "step_000002"))
+    export = ("--checkpoint.export_hf", "false", "--checkpoint.save_interval", "0")
+    train(run_dir, *QUICK, *resume, *export, *layout, "--train.steps", "4", ranks=ranks)
+    assert tokens(run_dir, 3) == tokens(unbroken, 3)
+    for line, wanted in zip(numbers(run_dir), numbers(unbroken)[2:], strict=True):
+        assert line == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("tp2_dp2", (TP, "2")),
+        ("tp2_pp2", (TP, "2", PP, "2", VLLM_TP, "2", "--parallel.sequence_parallel", "true")),
+    ],
+)
+def test_four_ranks_take_the_first_step_of_two(unbroken: Path, name: str, layout: tuple[str, ...]) -> None:
+    """From the start too: the same rollouts and gradients (three layers on two pipeline stages)."""
+    run_dir = unbroken.with_name(name)
+    export = ("--checkpoint.export_hf", "false", "--checkpoint.save_interval", "0")
+    train(run_dir, *QUICK, *export, "--train.steps", "1", *layout, ranks=4)
+    assert tokens(run_dir, 1) == tokens(unbroken, 1)
+    assert numbers(run_dir)[0] == pytest.approx(numbers(unbroken)[0], rel=1e-4, abs=1e-6)
