@@ -125,7 +125,7 @@ class RolloutConfig(Section):
     refit_verify_interval: NonNegative = 1
     """Steps between checks of the refitted weights (checksums, and log-probs against Megatron's); 0 for none."""
     refit_max_logprob_gap: Annotated[float, Field(gt=0)] | None = None
-    """Largest mean difference of log-probs in that check. Default: 1e-3 for float32, 0.05 for bfloat16."""
+    """Largest mean difference of log-probs in that check. Default: 1e-4 for float32, 0.05 for bfloat16."""
 
 
 class ObjectiveConfig(Section):

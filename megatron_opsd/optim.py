@@ -32,14 +32,13 @@ def build_optimizer(student: Student, config: OptimConfig) -> MegatronOptimizer:
 
 def build_schedule(optimizer: MegatronOptimizer, config: OptimConfig, steps: int) -> OptimizerParamScheduler:
     """Linear warm-up, then ``decay_style`` over the run's ``steps``. Counts steps."""
-    warmup = min(config.warmup_steps, steps - 1)
     schedule = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=config.lr,
         min_lr=config.min_lr,
-        lr_warmup_steps=warmup,
-        lr_decay_steps=steps,
+        lr_warmup_steps=config.warmup_steps,
+        lr_decay_steps=max(steps, config.warmup_steps + 1),
         lr_decay_style=config.decay_style,
         start_wd=config.weight_decay,
         end_wd=config.weight_decay,

@@ -32,7 +32,7 @@ from megatron_opsd.types import Evaluation, Example, Rollout, StepResult
 log = logging.getLogger(__name__)
 
 # Mean absolute difference between vLLM's and Megatron's log-probs of the same tokens that the dtype explains, in nats.
-MAX_LOGPROB_GAP = {"float32": 1e-3, "bfloat16": 0.05}
+MAX_LOGPROB_GAP = {"float32": 1e-4, "bfloat16": 0.05}
 
 
 class Trainer:

@@ -5,6 +5,7 @@ import socket
 import time
 from collections.abc import Callable
 
+import pytest
 import torch
 import torch.multiprocessing as mp
 
@@ -26,7 +27,10 @@ def _enter(rank: int, world_size: int, port: int, worker: Callable[..., None], a
         OMP_NUM_THREADS="1",
     )
     torch.set_num_threads(1)
-    worker(*args)
+    try:
+        worker(*args)
+    except pytest.fail.Exception as failure:  # no Exception in Python's sense: the parent would not see it
+        raise AssertionError(str(failure)) from failure
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
