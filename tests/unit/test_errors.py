@@ -1,0 +1,134 @@
+"""A user's mistakes: one clear line each, before any weight is read."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_opsd.cli import main
+
+ROOT = Path(__file__).parents[2]
+ARITHMETIC = ROOT / "examples" / "arithmetic"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The arithmetic example with a small data file: arguments that `opsd check` finds no mistake in."""
+    folder = tmp_path_factory.mktemp("errors")
+    data = folder / "train.jsonl"
+    rows = [
+        {"problem": "Compute 1+1.", "solution": "2", "answer": "2"},
+        {"problem": "", "solution": "3", "answer": "3"},
+    ]
+    data.write_text(json.dumps(rows[0]))
+    (folder / "empty_problem.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    paths = {"model.path": ARITHMETIC / "base", "data.path": data, "evaluate.data.path": data}
+    paths["logging.run_dir"] = folder / "run"
+    return [str(ARITHMETIC / "opsd.toml"), *(part for name, path in paths.items() for part in (f"--{name}", str(path)))]
+
+
+def test_no_mistakes(config: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    main(["check", *config, "--world-size", "4"])
+    assert capsys.readouterr().out.endswith("no mistakes found\n")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["--model.path", "no/such/model"], ["no/such/model: no such directory", "model.path"]),
+        (["--data.path", "no/such.jsonl"], ["data.path = 'no/such.jsonl'", "no such file"]),
+        (["--data.solution_column", "proof"], ["data.solution_column = 'proof'", "choose one of answer, problem"]),
+        (["--evaluate.data.answer_column", "x"], ["evaluate.data.answer_column = 'x'", "no such column"]),
+        (["--parallel.tensor_model_parallel_size", "3"], ["tensor_model_parallel_size = 3", "num_attention_heads = 4"]),
+        (["--parallel.tensor_model_parallel_size", "4"], ["tensor_model_parallel_size = 4", "num_key_value_heads = 2"]),
+        (["--parallel.pipeline_model_parallel_size", "4"], ["pipeline_model_parallel_size = 4", "3 layers"]),
+        (["--parallel.pipeline_model_parallel_size", "3"], ["tensor 2 x pipeline 3", "world size 4"]),
+        (["--parallel.tensor_model_parallel_size", "1", "--parallel.sequence_parallel", "true"], ["sequence_parallel"]),
+        (["--rollout.tensor_model_parallel_size", "3"], ["rollout.tensor_model_parallel_size = 3"]),
+        (["--train.global_batch_size", "20"], ["train.global_batch_size = 20", "micro_batch_size = 16", "2 data-par"]),
+        (["--rollout.samples_per_prompt", "5"], ["samples_per_prompt = 5 does not divide train.global_batch_size"]),
+        (["--rollout.max_response_tokens", "4096"], ["max_position_embeddings", "rollout.max_response_tokens"]),
+        (["--rollout.kv_cache_gib", "0.0001"], ["rollout.kv_cache_gib = 0.0001 is too little", "raise it"]),
+        (["--rollout.kv_cache_gib", "100000"], ["rollout.kv_cache_gib = 100000", "free memory", "lower it"]),
+        (["--prompts.teacher_template", "{problem}"], ["prompts.teacher_template has no {solution}"]),
+        (["--logging.run_dir", f"{__file__}/run"], ["logging.run_dir = ", "cannot write to", __file__]),
+        (["--optim.lr", "fast"], ["--optim.lr = 'fast'", "number"]),
+        (["--objective.beta", "1.5"], ["--objective.beta = 1.5", "less than 1"]),
+    ],
+)
+def test_check_says_it_in_one_line(
+    config: list[str], overrides: list[str], expected: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["check", *config, "--world-size", "4", *overrides])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("opsd: ")
+    assert all(part in line for part in expected), line
+
+
+def run(arguments: list[str], **environment: str) -> str:
+    """``opsd train`` as a process of its own; returns the one line it must end with."""
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_opsd", "train", *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Loading" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+ONE_RANK = ["--parallel.tensor_model_parallel_size", "1"]
+
+
+def test_port_in_use(config: list[str]) -> None:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        port = str(sock.getsockname()[1])
+        line = run([*config, *ONE_RANK], MASTER_PORT=port)
+    assert line == f"opsd: MASTER_PORT={port}: the port is in use on 127.0.0.1; set MASTER_PORT to a free one"
+
+
+def test_row_without_a_problem(config: list[str]) -> None:
+    bad = str(Path(config[4]).with_name("empty_problem.jsonl"))
+    line = run([*config, *ONE_RANK, "--data.path", bad], MASTER_PORT="0")
+    assert f"{bad}:2: no text in column 'problem'" in line
+
+
+def test_vllm_not_installed(config: list[str], tmp_path: Path) -> None:
+    """Really absent: the interpreter sees every installed package but vLLM."""
+    import pydantic
+
+    packages = Path(pydantic.__file__).parents[1]
+    for entry in packages.iterdir():
+        if not entry.name.startswith(("vllm", "__editable__")):
+            (tmp_path / entry.name).symlink_to(entry)
+    code = f"import sys; sys.path = [p for p in sys.path if 'site-packages' not in p] + [{str(tmp_path)!r}]; "
+    code += f"from megatron_opsd.cli import main; main({['train', *config, *ONE_RANK]!r})"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("opsd: vllm is not installed")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_truncated_weights(config: list[str], tmp_path: Path) -> None:
+    broken = tmp_path / "model"
+    shutil.copytree(ARITHMETIC / "base", broken)
+    weights = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    line = run([*config, *ONE_RANK, "--model.path", str(broken)], MASTER_PORT="0")
+    assert "model.safetensors: not a readable safetensors file" in line
