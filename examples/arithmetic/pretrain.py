@@ -66,7 +66,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.model_max_length = 1024
+    tokenizer.model_max_length = 32768
     return tokenizer
 
 
@@ -80,7 +80,7 @@ def build_model() -> Qwen3ForCausalLM:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
-        max_position_embeddings=1024,
+        max_position_embeddings=32768,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=EOS_ID,

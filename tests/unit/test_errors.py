@@ -52,7 +52,7 @@ def test_no_mistakes(config: list[str], capsys: pytest.CaptureFixture[str]) -> N
         (["--rollout.tensor_model_parallel_size", "3"], ["rollout.tensor_model_parallel_size = 3"]),
         (["--train.global_batch_size", "20"], ["train.global_batch_size = 20", "micro_batch_size = 16", "2 data-par"]),
         (["--rollout.samples_per_prompt", "5"], ["samples_per_prompt = 5 does not divide train.global_batch_size"]),
-        (["--rollout.max_response_tokens", "4096"], ["max_position_embeddings", "rollout.max_response_tokens"]),
+        (["--rollout.max_response_tokens", "40960"], ["max_position_embeddings", "rollout.max_response_tokens"]),
         (["--rollout.kv_cache_gib", "0.0001"], ["rollout.kv_cache_gib = 0.0001 is too little", "raise it"]),
         (["--rollout.kv_cache_gib", "100000"], ["rollout.kv_cache_gib = 100000", "free memory", "lower it"]),
         (["--prompts.teacher_template", "{problem}"], ["prompts.teacher_template has no {solution}"]),
