@@ -286,17 +286,19 @@ def load_config(path: str, overrides: dict[str, str]) -> Config:
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{path}: not valid TOML: {error}") from error
     for name, text in overrides.items():
-        _set(raw, name, text)
+        _set(raw, name, text, path)
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
         raise UserError(_explain(error, path, overrides)) from error
 
 
-def _set(raw: dict[str, Any], name: str, text: str) -> None:
+def _set(raw: dict[str, Any], name: str, text: str, path: str) -> None:
     *sections, key = name.split(".")
     for section in sections:
         raw = raw.setdefault(section, {})
+        if not isinstance(raw, dict):
+            raise UserError(f"{path}: {section} = {raw!r}: must be a section, [{section}]")
     try:
         raw[key] = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -312,7 +314,8 @@ def _explain(error: ValidationError, path: str, overrides: dict[str, str]) -> st
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
         return f"{where}: unknown key; the nearest valid one is {nearest}"
     if first["type"] == "missing":
-        return f"{where}: missing; set it in the file or with --{name}"
+        setting = next(field for field in fields() if f"{field}.".startswith(f"{name}."))
+        return f"{path}: {setting}: missing; set it in the file or with --{setting}"
     return f"{where} = {first['input']!r}: {first['msg']}"
 
 

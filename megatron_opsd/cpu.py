@@ -75,7 +75,7 @@ def _repair_distributed_optimizer() -> None:
     """Round-trip torch's Adam through the distributed optimizer's checkpoints (three repairs, see the comments)."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    state_dict, load_state_dict = DistributedOptimizer.state_dict, DistributedOptimizer.load_state_dict
+    describe_state, load_state_dict = DistributedOptimizer.state_dict, DistributedOptimizer.load_state_dict
 
     def describe(self: Any) -> dict:
         for group in self.optimizer.param_groups:  # torch's Adam has no state to load into before its first step
@@ -86,10 +86,10 @@ def _repair_distributed_optimizer() -> None:
                         "exp_avg": torch.zeros_like(param),
                         "exp_avg_sq": torch.zeros_like(param),
                     }
-        return state_dict(self)
+        return describe_state(self)
 
-    def load(self: Any, state: dict) -> None:
-        load_state_dict(self, state)
+    def load(self: Any, state_dict: dict) -> None:
+        load_state_dict(self, state_dict)
         for param_state in self.optimizer.state.values():  # Megatron restores one shared tensor, and torch's Adam
             param_state["step"] = param_state["step"].clone()  # would count it up once for each parameter
 

@@ -1,4 +1,4 @@
-"""Runs ``python -m megatron_opsd`` as a user does, under torchrun, and reads what it leaves behind."""
+"""Runs commands as a user does, ``python -m megatron_opsd`` under torchrun above all, and reads what they leave."""
 
 import json
 import os
@@ -10,13 +10,13 @@ ROOT = Path(__file__).parents[2]
 ARITHMETIC = ROOT / "examples" / "arithmetic"
 
 
-def opsd(command: str, *arguments: str, ranks: int = 1, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """``opsd COMMAND examples/arithmetic/opsd.toml ARGUMENTS`` on ``ranks`` processes of this machine."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+def run(command: list[str], timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command from the root of the repository, one thread a process."""
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "COLUMNS": "160"}
     return subprocess.run(
-        [sys.executable, *launcher, "-m", "megatron_opsd", command, str(ARITHMETIC / "opsd.toml"), *arguments],
+        command,
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"},
+        env=os.environ | settings | environment,
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -24,18 +24,25 @@ def opsd(command: str, *arguments: str, ranks: int = 1, timeout: float = 300) ->
     )
 
 
-def train(run_dir: Path, *arguments: str, ranks: int, timeout: float = 300) -> str:
-    """Train on the arithmetic example's own problems; returns what the run printed."""
-    data = run_dir.parent / "data"
-    if not data.exists():
-        script = str(ARITHMETIC / "problems.py")
-        subprocess.run(
-            [sys.executable, script, "--out", str(data)], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-        )
-    files = ("--data.path", str(data / "train.jsonl"), "--evaluate.data.path", str(data / "test.jsonl"))
-    done = opsd("train", "--logging.run_dir", str(run_dir), *files, *arguments, ranks=ranks, timeout=timeout)
+def python(*arguments: object, timeout: float = 300) -> str:
+    """Run Python; returns what it printed."""
+    done = run([sys.executable, *map(str, arguments)], timeout)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def opsd(command: str, overrides: dict[str, str], ranks: int = 1, timeout: float = 300, out: Path | None = None) -> str:
+    """``opsd COMMAND examples/arithmetic/opsd.toml`` on ``ranks`` processes of this machine."""
+    flags = [part for name, value in overrides.items() for part in (f"--{name}", value)]
+    flags += ["--out", str(out)] if out else []
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
+    return python(*launcher, "-m", "megatron_opsd", command, ARITHMETIC / "opsd.toml", *flags, timeout=timeout)
+
+
+def write_problems(folder: Path, rows: int = 4096) -> dict[str, str]:
+    """Write the arithmetic example's data; returns the overrides that name it."""
+    python(ARITHMETIC / "problems.py", "--out", folder, "--train", rows)
+    return {"data.path": str(folder / "train.jsonl"), "evaluate.data.path": str(folder / "test.jsonl")}
 
 
 def read_jsonl(path: Path) -> list[dict]:

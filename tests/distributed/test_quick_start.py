@@ -1,22 +1,30 @@
 """The arithmetic example as a user runs it: real Megatron-Core at TP2, real vLLM, 40 steps, and what they leave."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
+from megatron_opsd import parallel
+from megatron_opsd.batch import Sample, build_batch, split
 from megatron_opsd.config import load_config
+from megatron_opsd.conversion.architecture import read_architecture
+from megatron_opsd.conversion.hf_files import HFReader
+from megatron_opsd.conversion.load import load_hf
+from megatron_opsd.conversion.mapping import NameTable
 from megatron_opsd.data import read_examples
+from megatron_opsd.evaluate import grade
+from megatron_opsd.model import build_model
+from megatron_opsd.preflight import max_model_len
 from megatron_opsd.prompts import build_prompts
+from megatron_opsd.rollout.colocated import ColocatedVLLM
+from megatron_opsd.rollout.engine import Sampling
+from megatron_opsd.teacher import Teacher
 
-ROOT = Path(__file__).parents[2]
-EXAMPLE = ROOT / "examples" / "arithmetic"
+from .command_line import ARITHMETIC, opsd, python, read_jsonl, write_problems
+from .harness import run_distributed
+
 STEPS = 40
 
 # The keys that the design promises for every step.
@@ -41,46 +49,17 @@ METRICS = {
 } | {f"seconds_{phase}" for phase in ("rollout", "teacher", "student", "optimizer", "refit", "total")}
 
 
-def run(*arguments: object) -> str:
-    """Run Python with these arguments from the root of the repository; its output, which also explains a failure."""
-    process = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "160"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=400,
-    )
-    assert process.returncode == 0, process.stdout[-5000:]
-    return process.stdout
-
-
-def read_jsonl(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
 @pytest.fixture(scope="module")
 def overrides(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The example's configuration with every file in a folder of this test."""
     folder = tmp_path_factory.mktemp("arithmetic")
-    run(EXAMPLE / "problems.py", "--out", folder / "data")
-    return {
-        "data.path": str(folder / "data" / "train.jsonl"),
-        "evaluate.data.path": str(folder / "data" / "test.jsonl"),
-        "logging.run_dir": str(folder / "opsd"),
-    }
-
-
-def flags(overrides: dict[str, str]) -> list[str]:
-    return [part for name, value in overrides.items() for part in (f"--{name}", value)]
+    return write_problems(folder / "data") | {"logging.run_dir": str(folder / "opsd")}
 
 
 @pytest.fixture(scope="module")
 def run_dir(overrides: dict[str, str]) -> Path:
     """The run directory of one training run."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    run(*launcher, "-m", "megatron_opsd", "train", EXAMPLE / "opsd.toml", *flags(overrides))
+    opsd("train", overrides, ranks=2, timeout=400)
     return Path(overrides["logging.run_dir"])
 
 
@@ -115,34 +94,61 @@ def test_run_directory_is_complete(run_dir: Path) -> None:
     assert load_config(str(run_dir / "config.toml"), {}).train.steps == STEPS
 
 
-def test_transformers_and_vllm_read_the_exported_model_alike(
-    run_dir: Path, overrides: dict[str, str], tmp_path: Path
-) -> None:
-    """Both give the same greedy answers to 64 held-out problems, and nearly all are right."""
-    settings = overrides | {"model.path": str(run_dir / "hf"), "evaluate.limit": "64"}
-    records = tmp_path / "responses.jsonl"
-    run("-m", "megatron_opsd", "evaluate", EXAMPLE / "opsd.toml", *flags(settings), "--out", records)
-    greedy = [record for record in read_jsonl(records) if record["sampling"] == "greedy"]
-
-    config = load_config(str(EXAMPLE / "opsd.toml"), settings)
-    tokenizer = AutoTokenizer.from_pretrained(run_dir / "hf")
-    model = AutoModelForCausalLM.from_pretrained(run_dir / "hf", dtype=torch.float32)
+def three_readers(run_dir: str, overrides: dict[str, str]) -> None:
+    """vLLM, transformers and Megatron read the exported directory; one process holds all three."""
+    settings = overrides | {"model.path": f"{run_dir}/hf", "parallel.tensor_model_parallel_size": "1"}
+    config = load_config(str(ARITHMETIC / "opsd.toml"), settings)
+    layout = parallel.initialize(config.parallel, seed=0)
     prompts = build_prompts(config)
     assert config.evaluate.data
-    examples = read_examples(config.evaluate.data, tokenizer, "evaluate.data")[:64]
-    assert [record["problem"] for record in greedy] == [example.problem for example in examples]
+    examples = read_examples(config.evaluate.data, prompts.tokenizer, "evaluate.data")[:64]
+    ids = [prompts.student(example) for example in examples]
+    limit = config.rollout.max_response_tokens
+
+    table, reader = NameTable(read_architecture(config.model.path)), HFReader(config.model.path)
+    engine = ColocatedVLLM(config, max_model_len(config, prompts))
+    engine.update_weights(((name, reader.read(name)) for name in table.hf_tensors()), version=0)
+    rollouts = engine.generate(ids, Sampling(limit, temperature=0.0), [0] * len(ids))
+    assert sum(grade(rollouts, examples, prompts.tokenizer, "exact")) >= 0.9 * len(examples)
+
     # Three digits and three digits: all prompts are equally long and need no padding.
-    ids = torch.tensor([prompts.student(example) for example in examples])  # [64, s]
-    answers = model.generate(ids, max_new_tokens=config.rollout.max_response_tokens, do_sample=False)[:, ids.shape[1] :]
-    for record, answer in zip(greedy, answers.tolist(), strict=True):
-        length = answer.index(tokenizer.eos_token_id) + 1
-        expected = tokenizer.decode(answer[:length], skip_special_tokens=True)
-        assert (record["response"], record["tokens"]) == (expected, length)
-    assert sum(record["correct"] for record in greedy) >= 0.9 * len(greedy)
+    model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32)
+    prompt_ids = torch.tensor(ids)  # [64, s]
+    answers = model.generate(prompt_ids, max_new_tokens=limit, do_sample=False)[:, prompt_ids.shape[1] :].tolist()
+    for rollout, answer in zip(rollouts, answers, strict=True):
+        assert rollout.token_ids == answer[: answer.index(prompts.tokenizer.eos_token_id) + 1]
+
+    megatron = build_model(table.arch, config.model, config.parallel, layout.pg_collection)
+    load_hf(megatron, reader, table, 0, 1)
+    batch = build_batch([Sample(prompt, prompt, rollout) for prompt, rollout in zip(ids, rollouts, strict=True)])
+    (microbatch,) = split(batch, 64, layout.dp_group, "token", parallel.device())
+    (hidden,) = Teacher(megatron, "resident").score(batch, [microbatch])
+    logits = (hidden @ megatron.head_weight().T)[:, : table.arch.vocab_size]  # [n, v]
+    assert (logits.argmax(1) == microbatch.response_ids).all()
+    logprobs = logits.log_softmax(1).gather(1, microbatch.response_ids[:, None])[:, 0]
+    assert (logprobs - microbatch.rollout_logprobs).abs().max() < 1e-4
+    engine.close()
+
+
+def test_transformers_vllm_and_megatron_read_the_exported_model_alike(run_dir: Path, overrides: dict[str, str]) -> None:
+    """The same greedy answers to 64 held-out problems, nearly all right; Megatron agrees token for token."""
+    run_distributed(three_readers, 1, str(run_dir), overrides)
+
+
+def test_evaluate_reads_any_directory(run_dir: Path, overrides: dict[str, str], tmp_path: Path) -> None:
+    """`opsd evaluate` finds in the exported model what the run found in its student."""
+    settings = overrides | {"model.path": str(run_dir / "hf"), "evaluate.limit": "100", "evaluate.samples": "2"}
+    printed = opsd("evaluate", settings, out=tmp_path / "responses.jsonl")
+    records = read_jsonl(tmp_path / "responses.jsonl")
+    trained = read_jsonl(run_dir / "rollouts" / f"evaluation_{STEPS:06d}.jsonl")
+    assert [record["response"] for record in records[:100]] == [record["response"] for record in trained[:100]]
+    assert [record["sampling"] for record in records] == ["greedy"] * 100 + ["sampled"] * 200
+    sampled = [record["correct"] for record in records[100:]]
+    assert f"average {sum(sampled) / 200:.3f}" in printed
 
 
 def test_report_prints_a_table_and_draws_a_figure(run_dir: Path) -> None:
-    output = run(EXAMPLE / "report.py", run_dir)
+    output = python(ARITHMETIC / "report.py", run_dir)
     for evaluation in (read_jsonl(run_dir / "evaluations.jsonl")[i] for i in (0, -1)):
         assert f"{evaluation['greedy']:.1%}" in output
     assert (run_dir / "accuracy.png").read_bytes().startswith(b"\x89PNG")

@@ -1,8 +1,6 @@
 """A refit that goes wrong stops the run and says what happened; one that goes right is exact, whatever its buckets."""
 
-import os
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -19,7 +17,7 @@ from megatron_opsd.rollout.engine import Sampling
 from megatron_opsd.rollout.refit import RefitError, refit
 from megatron_opsd.trainer import Trainer
 
-from .command_line import ARITHMETIC, ROOT
+from .command_line import ARITHMETIC, run, write_problems
 from .harness import run_distributed
 
 VICTIM = "model.layers.1.mlp.up_proj.weight"
@@ -106,8 +104,7 @@ def worker(run_dir: str) -> None:
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("refit")
-    script = [sys.executable, str(ARITHMETIC / "problems.py"), "--out", str(path / "data"), "--train", "64"]
-    subprocess.run(script, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    write_problems(path / "data", rows=64)
     return str(path)
 
 
@@ -119,16 +116,7 @@ def test_one_ranks_failure_ends_all_within_seconds(run_dir: str) -> None:
     """Rank 0 waits in a collective that rank 1 never joins."""
     script = f"from tests.distributed.test_refit import fail_on_rank_1; fail_on_rank_1({run_dir!r})"
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [sys.executable, *launcher, sys.executable, "-c", script],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    done = run([sys.executable, *launcher, sys.executable, "-c", script], timeout=240)
     ended = time.time()
     assert done.returncode != 0
     raised = re.search(r"raising at ([\d.]+)", done.stdout)

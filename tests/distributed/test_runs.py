@@ -6,12 +6,18 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from .command_line import read_jsonl, train
+from .command_line import opsd, read_jsonl, write_problems
 
-QUICK = ("--evaluate.interval", "0", "--train.global_batch_size", "16", "--train.micro_batch_size", "8")
-QUICK += ("--logging.rollouts_interval", "1", "--logging.tensorboard", "false")
-TP, PP = "--parallel.tensor_model_parallel_size", "--parallel.pipeline_model_parallel_size"
-VLLM_TP = "--rollout.tensor_model_parallel_size"
+QUICK = {
+    "evaluate.interval": "0",
+    "train.global_batch_size": "16",
+    "train.micro_batch_size": "8",
+    "logging.rollouts_interval": "1",
+    "logging.tensorboard": "false",
+}
+UNSAVED = {"checkpoint.export_hf": "false", "checkpoint.save_interval": "0"}
+TP, PP = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
+VLLM_TP = "rollout.tensor_model_parallel_size"
 
 UNREPEATABLE = ("seconds_", "memory_")
 
@@ -28,12 +34,19 @@ def tokens(run_dir: Path, step: int) -> list[list[int]]:
     return [record["token_ids"] for record in read_jsonl(run_dir / "rollouts" / f"step_{step:06d}.jsonl")]
 
 
+def train(run_dir: Path, ranks: int, **overrides: str) -> None:
+    data = run_dir.parent / "data"
+    files = {"data.path": str(data / "train.jsonl"), "evaluate.data.path": str(data / "test.jsonl")}
+    opsd("train", QUICK | files | {"logging.run_dir": str(run_dir)} | overrides, ranks=ranks)
+
+
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four steps at TP2 with two vLLM engines, saved after two and four."""
-    run_dir = tmp_path_factory.mktemp("runs") / "unbroken"
-    train(run_dir, *QUICK, "--train.steps", "4", "--checkpoint.save_interval", "2", ranks=2)
-    return run_dir
+    folder = tmp_path_factory.mktemp("runs")
+    write_problems(folder / "data")
+    train(folder / "unbroken", 2, **{"train.steps": "4", "checkpoint.save_interval": "2"})
+    return folder / "unbroken"
 
 
 def test_resumed_run_equals_the_unbroken_one_bit_for_bit(unbroken: Path) -> None:
@@ -41,8 +54,7 @@ def test_resumed_run_equals_the_unbroken_one_bit_for_bit(unbroken: Path) -> None
     shutil.copytree(unbroken, run_dir)
     shutil.rmtree(run_dir / "checkpoints" / "step_000004")
     (run_dir / "checkpoints" / "step_000003").mkdir()  # no progress.json: not complete, so not taken
-    resume = ("--checkpoint.resume", "auto", "--train.steps", "4", "--checkpoint.save_interval", "2")
-    train(run_dir, *QUICK, *resume, ranks=2)
+    train(run_dir, 2, **{"checkpoint.resume": "auto", "train.steps": "4", "checkpoint.save_interval": "2"})
     assert numbers(run_dir) == numbers(unbroken)
     assert [line["step"] for line in numbers(run_dir)] == [1, 2, 3, 4]
     assert tokens(run_dir, 4) == tokens(unbroken, 4)
@@ -51,18 +63,13 @@ def test_resumed_run_equals_the_unbroken_one_bit_for_bit(unbroken: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("name", "ranks", "layout"),
-    [
-        ("one", 1, (TP, "1")),
-        ("pp2_vllm_tp2", 2, (TP, "1", PP, "2", VLLM_TP, "2")),
-    ],
+    ("name", "ranks", "layout"), [("one", 1, {TP: "1"}), ("pp2_vllm_tp2", 2, {TP: "1", PP: "2", VLLM_TP: "2"})]
 )
-def test_another_layout_takes_the_checkpoint_on(unbroken: Path, name: str, ranks: int, layout: tuple[str, ...]) -> None:
+def test_another_layout_takes_the_checkpoint_on(unbroken: Path, name: str, ranks: int, layout: dict[str, str]) -> None:
     """The same rollouts token for token, the same losses and gradients, from a checkpoint that TP2 wrote."""
     run_dir = unbroken.with_name(name)
-    resume = ("--checkpoint.resume", str(unbroken / "checkpoints" / "step_000002"))
-    export = ("--checkpoint.export_hf", "false", "--checkpoint.save_interval", "0")
-    train(run_dir, *QUICK, *resume, *export, *layout, "--train.steps", "4", ranks=ranks)
+    resume = {"checkpoint.resume": str(unbroken / "checkpoints" / "step_000002"), "train.steps": "4"}
+    train(run_dir, ranks, **UNSAVED, **resume, **layout)
     assert tokens(run_dir, 3) == tokens(unbroken, 3)
     for line, wanted in zip(numbers(run_dir), numbers(unbroken)[2:], strict=True):
         assert line == pytest.approx(wanted, rel=1e-4, abs=1e-6)
@@ -71,14 +78,13 @@ def test_another_layout_takes_the_checkpoint_on(unbroken: Path, name: str, ranks
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
-        ("tp2_dp2", (TP, "2")),
-        ("tp2_pp2", (TP, "2", PP, "2", VLLM_TP, "2", "--parallel.sequence_parallel", "true")),
+        ("tp2_dp2", {TP: "2"}),
+        ("tp2_pp2", {TP: "2", PP: "2", VLLM_TP: "2", "parallel.sequence_parallel": "true"}),
     ],
 )
-def test_four_ranks_take_the_first_step_of_two(unbroken: Path, name: str, layout: tuple[str, ...]) -> None:
+def test_four_ranks_take_the_first_step_of_two(unbroken: Path, name: str, layout: dict[str, str]) -> None:
     """From the start too: the same rollouts and gradients (three layers on two pipeline stages)."""
     run_dir = unbroken.with_name(name)
-    export = ("--checkpoint.export_hf", "false", "--checkpoint.save_interval", "0")
-    train(run_dir, *QUICK, *export, "--train.steps", "1", *layout, ranks=4)
+    train(run_dir, 4, **UNSAVED, **layout, **{"train.steps": "1"})
     assert tokens(run_dir, 1) == tokens(unbroken, 1)
     assert numbers(run_dir)[0] == pytest.approx(numbers(unbroken)[0], rel=1e-4, abs=1e-6)

@@ -169,4 +169,4 @@ def test_missing_file_and_missing_key(tmp_path: Path, capsys: pytest.CaptureFixt
         main(["check", str(file)])
     first, second = capsys.readouterr().err.splitlines()
     assert first == f"opsd: {file}: cannot read the configuration (No such file or directory)"
-    assert second.startswith(f"opsd: {file}: data: missing")
+    assert second.startswith(f"opsd: {file}: data.path: missing")
