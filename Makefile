@@ -28,6 +28,7 @@ setup: .venv/installed
 
 # A tiny Qwen3 teaches itself three-digit addition: data, 40 steps on two processes, a table and a figure.
 demo: setup
+	rm -rf runs/arithmetic/opsd
 	$(BIN)/python $(ARITHMETIC)/problems.py --out runs/arithmetic/data
 	$(BIN)/torchrun --standalone --nproc-per-node 2 -m megatron_opsd train $(ARITHMETIC)/opsd.toml
 	$(BIN)/python $(ARITHMETIC)/report.py runs/arithmetic/opsd

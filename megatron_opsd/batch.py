@@ -106,7 +106,7 @@ def _microbatch(
         tokens = torch.zeros(len(own), length, dtype=torch.long)
         rows: list[Tensor] = []
         for j, (prompt, response) in enumerate(zip(side_prompts, responses, strict=True)):
-            sequence = torch.tensor(prompt + response[:-1])
+            sequence = torch.tensor((prompt + response)[:-1])
             tokens[j, : len(sequence)] = sequence
             first = len(prompt) - 1
             rows.append(torch.arange(first + skip, first + max(skip, len(response))) * len(own) + j)

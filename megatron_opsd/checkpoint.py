@@ -84,13 +84,16 @@ def find(run_dir: Path, resume: str) -> Path | None:
     """The checkpoint that ``checkpoint.resume`` names: none, the newest complete one, or a directory.
 
     Raises:
-        UserError: a named directory that is no complete checkpoint.
+        UserError: a named directory that is no complete checkpoint, or a new run where an old one left checkpoints.
     """
-    if resume == "never":
-        return None
-    if resume == "auto":
-        complete = sorted(run_dir.glob("checkpoints/step_*/progress.json"))
-        return complete[-1].parent if complete else None
+    newest = max(run_dir.glob("checkpoints/step_*/progress.json"), default=None)
+    if resume == "never" and newest:
+        raise UserError(
+            f"{run_dir}: holds checkpoints of an earlier run; go on from them with --checkpoint.resume auto, or choose "
+            "another --logging.run_dir"
+        )
+    if resume in ("never", "auto"):
+        return newest.parent if newest else None
     read_progress(Path(resume))
     return Path(resume)
 

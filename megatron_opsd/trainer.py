@@ -41,7 +41,9 @@ class Trainer:
     def __init__(self, config: Config, layout: parallel.Layout) -> None:
         self.config, self.layout = config, layout
         self.run_dir = Path(config.logging.run_dir)
-        resume_from = checkpoint.find(self.run_dir, config.checkpoint.resume)
+        found = [checkpoint.find(self.run_dir, config.checkpoint.resume) if layout.rank == 0 else None]
+        dist.broadcast_object_list(found)  # one rank looks: file systems may show the others something older
+        (resume_from,) = found
         self.prompts = build_prompts(config)
         self.sampler = Sampler(read_examples(config.data, self.prompts.tokenizer, "data"), config.train.seed)
         self.table = NameTable(read_architecture(config.model.path))
