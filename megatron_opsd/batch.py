@@ -28,7 +28,8 @@ class Sample:
 class Batch:
     """The global batch of one step, the same on every rank.
 
-    student_length, teacher_length: padded lengths that all micro-batches of the step share, as pipelines need.
+    student_length, teacher_length: the longest padded lengths; where ``one_length``, all micro-batches have them, as
+    pipelines need, else each is as long as its own longest sequence.
     skip_first_tokens: response tokens at the start that are not trained on.
     """
 
@@ -36,6 +37,8 @@ class Batch:
     student_length: int
     teacher_length: int
     skip_first_tokens: int
+    multiple: int
+    one_length: bool
 
     def tokens(self, sample: Sample) -> int:
         """Number of the sample's response tokens that are trained on."""
@@ -57,19 +60,27 @@ class Microbatch:
     count: int  # the divisor's share of this micro-batch: tokens, or sequences
 
 
-def build_batch(samples: Sequence[Sample], skip_first_tokens: int = 0, multiple: int = 1) -> Batch:
-    """Collect a step's samples; padded lengths are rounded up to ``multiple`` (for sequence parallelism)."""
+def build_batch(
+    samples: Sequence[Sample], skip_first_tokens: int = 0, multiple: int = 1, one_length: bool = False
+) -> Batch:
+    """Collect a step's samples.
 
-    def padded(lengths: list[int]) -> int:
-        return -(-max(lengths) // multiple) * multiple
+    multiple: padded lengths are rounded up to it (sequence parallelism splits them evenly).
+    one_length: all micro-batches get the same length.
+    """
+    student, teacher = _lengths(samples, multiple)
+    return Batch(list(samples), student, teacher, skip_first_tokens, multiple, one_length)
 
+
+def _lengths(samples: Sequence[Sample], multiple: int) -> tuple[int, int]:
+    """Padded lengths of the student's and the teacher's sequences."""
     responses = [len(sample.rollout.token_ids) for sample in samples]
-    return Batch(
-        samples=list(samples),
-        student_length=padded([len(x.student_prompt) + r - 1 for x, r in zip(samples, responses, strict=True)]),
-        teacher_length=padded([len(x.teacher_prompt) + r - 1 for x, r in zip(samples, responses, strict=True)]),
-        skip_first_tokens=skip_first_tokens,
+    longest = (
+        max(len(prompt) + n - 1 for prompt, n in zip(prompts, responses, strict=True))
+        for prompts in ([x.student_prompt for x in samples], [x.teacher_prompt for x in samples])
     )
+    student, teacher = (-(-length // multiple) * multiple for length in longest)
+    return student, teacher
 
 
 def split(
@@ -96,9 +107,12 @@ def _microbatch(
     batch: Batch, own: list[tuple[int, Sample]], normalization: Literal["token", "sequence"], device: torch.device
 ) -> Microbatch:
     skip = batch.skip_first_tokens
+    student_length, teacher_length = batch.student_length, batch.teacher_length
+    if not batch.one_length:
+        student_length, teacher_length = _lengths([sample for _, sample in own], batch.multiple)
     prompts = {
-        "student": ([sample.student_prompt for _, sample in own], batch.student_length),
-        "teacher": ([sample.teacher_prompt for _, sample in own], batch.teacher_length),
+        "student": ([sample.student_prompt for _, sample in own], student_length),
+        "teacher": ([sample.teacher_prompt for _, sample in own], teacher_length),
     }
     responses = [sample.rollout.token_ids for _, sample in own]
     sides: dict[str, tuple[Tensor, Tensor]] = {}

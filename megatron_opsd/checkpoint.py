@@ -16,10 +16,11 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron_opsd.errors import UserError
 from megatron_opsd.model import HiddenStateGPT
 
-# The format that any layout can load; gathering on one rank per model shard at a time.
+# The format that any layout can load. Gathered through gloo into the host memory of one data-parallel rank; the other
+# way would gather everything on every rank's device.
 _OPTIMIZER_FORMAT = {
     "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": False,
+    "distrib_optim_fully_reshardable_mem_efficient": True,
 }
 
 
@@ -68,7 +69,9 @@ def load(path: Path, model: HiddenStateGPT, optimizer: MegatronOptimizer, teache
         )
     state: Any = dist_checkpointing.load(_state(model, optimizer, loading=True), str(path))
     weights = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
-    model.load_state_dict(weights, strict=False)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert not unexpected, unexpected
+    assert all(name.endswith("_extra_state") for name in missing), missing  # Transformer Engine's, only for fp8
     optimizer.load_state_dict(state["optimizer"])
     return progress
 
@@ -94,7 +97,12 @@ def find(run_dir: Path, resume: str) -> Path | None:
         )
     if resume in ("never", "auto"):
         return newest.parent if newest else None
-    read_progress(Path(resume))
+    step = read_progress(Path(resume)).step
+    if newest and read_progress(newest.parent).step > step:
+        raise UserError(
+            f"{run_dir}: holds checkpoints newer than {resume}, which a later --checkpoint.resume auto would take; "
+            "choose another --logging.run_dir, or move them away"
+        )
     return Path(resume)
 
 

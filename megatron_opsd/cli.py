@@ -4,6 +4,7 @@ import argparse
 import difflib
 import os
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,19 +37,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         config = load_config(options["config"], overrides)
         COMMANDS[options["command"]][1](config, argparse.Namespace(**options))
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"opsd: {error}", file=sys.stderr, flush=True)
+        if not _is_local_rank_0():
+            time.sleep(3)  # where rank 0 fails alike, torchrun ends this process before it repeats the line
+        print(f"opsd: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
-def _world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+def _is_local_rank_0() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _preflight(config: Config, train: bool) -> None:
+    """One process of each machine looks; the others find out when they wait for it in vain."""
+    if _is_local_rank_0():
+        from megatron_opsd.preflight import check
+
+        check(config, int(os.environ.get("WORLD_SIZE", "1")), train)
 
 
 def _train(config: Config, _: argparse.Namespace) -> None:
-    from megatron_opsd.preflight import check
-
-    check(config, _world_size())
+    _preflight(config, train=True)
     from megatron_opsd.trainer import train
 
     train(config)
@@ -64,9 +72,7 @@ def _check(config: Config, options: argparse.Namespace) -> None:
 def _evaluate(config: Config, options: argparse.Namespace) -> None:
     if config.evaluate.data is None:
         raise UserError("evaluate.data.path is missing; set it in the file or with --evaluate.data.path")
-    from megatron_opsd.preflight import check
-
-    check(config, _world_size(), train=False)
+    _preflight(config, train=False)
     from megatron_opsd.evaluate import evaluate_checkpoint
 
     evaluate_checkpoint(config, options.out)

@@ -35,7 +35,9 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class ModelConfig(Section):
@@ -49,7 +51,7 @@ class ModelConfig(Section):
 
 class TeacherConfig(Section):
     placement: Literal["resident", "offload"] = "resident"
-    """`offload` keeps the teacher's weights in pinned host memory while it is not scoring."""
+    """`offload` keeps the teacher's weights, but for its LM head, in pinned host memory while it is not scoring."""
     sees: Literal["solution", "shuffled", "nothing"] = "solution"
     """`solution` is the method. Controls: `shuffled`, another problem's solution; `nothing`, the student's prompt."""
 
@@ -94,7 +96,10 @@ class PromptsConfig(Section):
     teacher_thinking: bool = True
     """`enable_thinking` of the teacher's chat template."""
     teacher_prefix: str = ""
-    """Text put between the teacher's prompt and the response, such as an empty think block."""
+    """Text put between the teacher's prompt and the response, such as an empty think block.
+
+    With the student's thinking off and the teacher's on, a Qwen3 teacher expects `<think>` where the response starts:
+    a prefix of `<think>\\n`, or skip_first_tokens, keeps the student from learning that."""
     skip_first_tokens: NonNegative = 0
     """Response tokens at the start that are not trained on."""
 
@@ -123,9 +128,9 @@ class RolloutConfig(Section):
     refit_bucket_mib: Annotated[float, Field(gt=0)] = 512
     """Weights travel to vLLM in buckets of this size."""
     refit_verify_interval: NonNegative = 1
-    """Steps between checks of the refitted weights (checksums, and log-probs against Megatron's); 0 for none."""
+    """Steps between refits whose tensors are compared by checksum; 0 for none. Log-probs are compared at every step."""
     refit_max_logprob_gap: Annotated[float, Field(gt=0)] | None = None
-    """Largest mean difference of log-probs in that check. Default: 1e-4 for float32, 0.05 for bfloat16."""
+    """Largest mean difference of vLLM's and Megatron's log-probs. Default: 1e-4 for float32, 0.05 for bfloat16."""
 
 
 class ObjectiveConfig(Section):
@@ -175,7 +180,7 @@ class TrainConfig(Section):
     """Sequences in a step, over all data-parallel ranks: problems times rollout.samples_per_prompt."""
     micro_batch_size: Positive = 1
     """Sequences a rank computes at once."""
-    seed: int = 0
+    seed: NonNegative = 0
     """Seed of the sampler and of every rollout."""
 
 
@@ -199,7 +204,7 @@ class LoggingConfig(Section):
 
 class EvaluateConfig(Section):
     data: DataConfig | None = None
-    """Problems to evaluate on ([evaluate.data], the fields of [data])."""
+    """Problems to evaluate on ([evaluate.data], the fields of [data]). With an answer column they need no solutions."""
     interval: NonNegative = 0
     """Training steps between evaluations; 0 for none. When on, also before the first and after the last step."""
     limit: Positive | None = None

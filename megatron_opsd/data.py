@@ -5,6 +5,7 @@ import json
 import logging
 import random
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,21 +37,37 @@ def read_examples(config: DataConfig, tokenizer: "PreTrainedTokenizerBase", sect
     return drop_long(examples, tokenizer, config.max_problem_tokens, config.max_solution_tokens, section)[0]
 
 
-def load_examples(config: DataConfig, section: str = "data") -> list[Example]:
+def read_held_out(config: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> list[Example]:
+    """Read the problems of `evaluate.data`: each needs an answer, and a solution only to read the answer from.
+
+    Long solutions drop nothing here, for nobody is shown them.
+    """
+    section = "evaluate.data"
+    examples = load_examples(config, section, held_out=True)
+    return drop_long(examples, tokenizer, config.max_problem_tokens, sys.maxsize, section)[0]
+
+
+def load_examples(config: DataConfig, section: str = "data", held_out: bool = False) -> list[Example]:
     """Read all examples in the order of the data.
 
-    Raises `UserError` when the data cannot be read, a column is missing, or a row has no problem or no solution.
+    Raises `UserError` when the data cannot be read, a column is missing, or a row lacks its problem, or its solution
+    (with `held_out`: its answer).
     """
     examples: list[Example] = []
     faults: list[str] = []
     for index, (place, row) in enumerate(_rows(config, section)):
         if index == 0:
-            _check_columns(config, section, row)
-        empty = [column for column in (config.problem_column, config.solution_column) if not _is_text(row.get(column))]
+            _check_columns(config, section, row, held_out)
+        texts = [config.problem_column] if held_out else [config.problem_column, config.solution_column]
+        empty = [column for column in texts if not _is_text(row.get(column))]
         if empty:
             faults.append(f"{place}: no text in column '{empty[0]}'")
+            continue
+        example = _example(config, index, row)
+        if held_out and example.answer is None:
+            faults.append(f"{place}: no answer in column '{config.answer_column or config.solution_column}'")
         else:
-            examples.append(_example(config, index, row))
+            examples.append(example)
     if faults:
         others = f" (and {len(faults) - 1} more such rows)" if len(faults) > 1 else ""
         raise UserError(f"{faults[0]}{others}: fill it in or delete the row")
@@ -59,12 +76,12 @@ def load_examples(config: DataConfig, section: str = "data") -> list[Example]:
     return examples
 
 
-def check_data(config: DataConfig, section: str = "data") -> None:
+def check_data(config: DataConfig, section: str = "data", held_out: bool = False) -> None:
     """Raise `UserError` unless the data opens and its first row has the columns. Reads no further than that row."""
     first = next(_rows(config, section, preview=True), None)
     if first is None:
         raise UserError(f"{section}.path = '{config.path}': no rows, give data with at least one example")
-    _check_columns(config, section, first[1])
+    _check_columns(config, section, first[1], held_out)
 
 
 @dataclass(frozen=True)
@@ -125,9 +142,9 @@ class Sampler:
         self._start_epoch(0)
 
     @property
-    def epoch(self) -> int:
-        """Number of the current pass over the data, from 0."""
-        return self._epoch
+    def digest(self) -> str:
+        """Identifies the problems and solutions, in their order."""
+        return self._digest
 
     def next_batch(self, size: int) -> list[Example]:
         """Return the next `size` examples."""
@@ -177,7 +194,7 @@ def _is_text(value: object) -> bool:
 
 
 def _example(config: DataConfig, index: int, row: Mapping[str, Any]) -> Example:
-    problem, solution = row[config.problem_column].strip(), row[config.solution_column].strip()
+    problem, solution = row[config.problem_column].strip(), str(row.get(config.solution_column) or "").strip()
     if config.answer_column is None:
         return Example(index, problem, solution, reference_answer(solution))
     value = row.get(config.answer_column)
@@ -186,12 +203,11 @@ def _example(config: DataConfig, index: int, row: Mapping[str, Any]) -> Example:
     return Example(index, problem, solution, reference_answer(answer) or answer or None)
 
 
-def _check_columns(config: DataConfig, section: str, row: Mapping[str, Any]) -> None:
-    for field, column in (
-        ("problem_column", config.problem_column),
-        ("solution_column", config.solution_column),
-        ("answer_column", config.answer_column),
-    ):
+def _check_columns(config: DataConfig, section: str, row: Mapping[str, Any], held_out: bool) -> None:
+    columns = {"problem_column": config.problem_column, "answer_column": config.answer_column}
+    if not held_out or config.answer_column is None:
+        columns["solution_column"] = config.solution_column
+    for field, column in columns.items():
         if column is not None and column not in row:
             raise UserError(
                 f"{section}.{field} = '{column}': {config.path} has no such column; "

@@ -11,11 +11,10 @@ from megatron_opsd.config import Config, ParallelConfig
 from megatron_opsd.conversion.architecture import read_architecture
 from megatron_opsd.conversion.hf_files import HFReader
 from megatron_opsd.conversion.mapping import NameTable
-from megatron_opsd.data import read_examples
+from megatron_opsd.data import read_held_out
 from megatron_opsd.grading import Method, is_correct
-from megatron_opsd.metrics import format_scores, write_jsonl
-from megatron_opsd.preflight import max_model_len
-from megatron_opsd.prompts import PromptBuilder, build_prompts
+from megatron_opsd.metrics import format_scores, start_logging, write_jsonl
+from megatron_opsd.prompts import PromptBuilder, build_prompts, max_model_len
 from megatron_opsd.rollout.colocated import ColocatedVLLM
 from megatron_opsd.rollout.engine import Engine, Sampling, sample_seed
 from megatron_opsd.types import Evaluation, Example, Rollout
@@ -84,9 +83,11 @@ def _mean(values: Sequence[float]) -> float:
 def evaluate_checkpoint(config: Config, out: Path | None) -> Evaluation:
     """Evaluate the Hugging Face directory ``model.path`` on ``evaluate.data``; rank 0 prints and writes ``out``."""
     assert config.evaluate.data
-    layout = parallel.initialize(ParallelConfig(), config.train.seed)
+    timeout = config.parallel.timeout_minutes
+    layout = parallel.initialize(ParallelConfig(timeout_minutes=timeout), config.train.seed)
+    start_logging(Path(config.logging.run_dir), layout.rank, "evaluate")
     prompts = build_prompts(config)
-    examples = read_examples(config.evaluate.data, prompts.tokenizer, "evaluate.data")[: config.evaluate.limit]
+    examples = read_held_out(config.evaluate.data, prompts.tokenizer)[: config.evaluate.limit]
     expected = NameTable(read_architecture(config.model.path)).hf_tensors()
     reader = HFReader(config.model.path)
     reader.check(expected)

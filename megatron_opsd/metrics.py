@@ -1,4 +1,4 @@
-"""Sums over tokens, micro-batches and ranks, and where a step's numbers go: JSONL, TensorBoard, the terminal."""
+"""Where a step's numbers go: JSONL, TensorBoard, the terminal, the logs."""
 
 import json
 import logging
@@ -6,90 +6,23 @@ import resource
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_opsd import parallel
-from megatron_opsd.batch import Microbatch
 from megatron_opsd.config import Config, dump_toml
-from megatron_opsd.objective.statistics import DivergenceOutput
-from megatron_opsd.parallel import Layout
 from megatron_opsd.types import Evaluation, StepResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PHASES = ("rollout", "teacher", "student", "optimizer", "refit")
-
-
-@dataclass(frozen=True)
-class LossSums:
-    """A loss and its diagnostics as sums, so that any split of the batch adds up to the same means."""
-
-    sums: dict[str, float]
-    tokens: float
-    count: float
-    worst_gap: float
-    worst_sequence: int
-
-    def means(self) -> dict[str, float]:
-        """Means over the response tokens of the global batch; the loss as it was normalised."""
-        means = {name: value / max(1.0, self.tokens) for name, value in self.sums.items()}
-        return means | {"loss": self.sums["loss"] / max(1.0, self.count)}
-
-
-def measure_loss(loss: Tensor, out: DivergenceOutput, microbatch: Microbatch) -> dict[str, Tensor]:
-    """Sums of one micro-batch over its tokens, and the token on which training and rollout differ most."""
-    assert out.student_logprobs is not None
-    assert out.teacher_logprobs is not None
-    gap = (out.student_logprobs - microbatch.rollout_logprobs).abs()  # [n]
-    per_token = {
-        "divergence": out.unclipped,
-        "clip_fraction": out.clip_count > 0,
-        "logprob_student": out.student_logprobs,
-        "logprob_teacher": out.teacher_logprobs,
-        "agreement": out.agree,
-        "entropy_student": out.entropy_student,
-        "entropy_teacher": out.entropy_teacher,
-        "refit_logprob_gap": gap,
-    }
-    worst = int(gap.argmax()) if gap.numel() else None
-    return {
-        "loss": loss.detach().double(),
-        **{name: values.sum(dtype=torch.float64) for name, values in per_token.items()},
-        "tokens": torch.tensor(gap.numel()),
-        "count": torch.tensor(microbatch.count),
-        "worst_gap": torch.tensor(-1.0) if worst is None else gap[worst],
-        "worst_sequence": torch.tensor(-1) if worst is None else microbatch.sequence[worst],
-    }
-
-
-def reduce_loss(reports: Sequence[dict[str, Tensor]], layout: Layout) -> LossSums:
-    """Add up micro-batches and data-parallel ranks; every rank of the pipeline gets the result."""
-    gathered: list[list[dict[str, float]]] = [[] for _ in range(layout.dp_group.size())]
-    if layout.is_last_stage:
-        own = [{name: value.item() for name, value in report.items()} for report in reports]
-        dist.all_gather_object(gathered, own, group=layout.dp_group)
-    dist.broadcast_object_list(gathered, src=layout.last_stage_rank, group=layout.pp_group)
-    parts = [part for rank in gathered for part in rank]
-    worst = max(parts, key=lambda part: part["worst_gap"])
-    names = parts[0].keys() - {"tokens", "count", "worst_gap", "worst_sequence"}
-    total = {name: sum(part[name] for part in parts) for name in parts[0]}
-    return LossSums(
-        sums={name: total[name] for name in names},
-        tokens=total["tokens"],
-        count=total["count"],
-        worst_gap=worst["worst_gap"],
-        worst_sequence=int(worst["worst_sequence"]),
-    )
 
 
 class Clock:
@@ -199,7 +132,6 @@ def is_due(step: int, interval: int) -> bool:
 
 
 def _describe(result: StepResult, tokenizer: "PreTrainedTokenizerBase") -> list[dict[str, Any]]:
-    correct = result.correct or [None] * len(result.rollouts)
     return [
         {
             "index": example.index,
@@ -208,7 +140,7 @@ def _describe(result: StepResult, tokenizer: "PreTrainedTokenizerBase") -> list[
             "correct": right,
             **asdict(rollout),
         }
-        for example, rollout, right in zip(result.examples, result.rollouts, correct, strict=True)
+        for example, rollout, right in zip(result.examples, result.rollouts, result.correct, strict=True)
     ]
 
 
@@ -223,10 +155,10 @@ def format_scores(scores: dict[str, float]) -> str:
     return "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
 
 
-def start_logging(run_dir: Path, rank: int) -> None:
+def start_logging(run_dir: Path, rank: int, command: str = "train") -> None:
     """Send this rank's messages, Python's warnings included, to a file of its own; the terminal gets the metrics."""
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(run_dir / "logs" / f"rank_{rank:04d}.log")
+    handler = logging.FileHandler(run_dir / "logs" / f"{command}_rank_{rank:04d}.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.captureWarnings(True)
@@ -234,7 +166,8 @@ def start_logging(run_dir: Path, rank: int) -> None:
 
 def _open_log(file: Path, start: int) -> TextIO:
     lines = file.read_text().splitlines(keepends=True) if start and file.exists() else []
-    file.write_text("".join(line for line in lines if json.loads(line)["step"] <= start))
+    whole = [line for line in lines if line.endswith("\n")]  # a run that was killed may have left half a line
+    file.write_text("".join(line for line in whole if json.loads(line)["step"] <= start))
     return file.open("a", buffering=1)
 
 

@@ -1,8 +1,11 @@
 """Megatron's optimizer and learning-rate schedule."""
 
 import math
+from typing import Any
 
+import torch
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_opsd.config import OptimConfig
@@ -11,6 +14,8 @@ from megatron_opsd.student import Student
 
 def build_optimizer(student: Student, config: OptimConfig) -> MegatronOptimizer:
     """Adam with float32 states (fused where Transformer Engine or Apex is installed, torch's otherwise)."""
+    if not HAVE_APEX_OR_TE:
+        _repair_checkpoints_of_torch_adam()
     model = student.model.config
     return get_megatron_optimizer(
         OptimizerConfig(
@@ -38,7 +43,7 @@ def build_schedule(optimizer: MegatronOptimizer, config: OptimConfig, steps: int
         max_lr=config.lr,
         min_lr=config.min_lr,
         lr_warmup_steps=config.warmup_steps,
-        lr_decay_steps=max(steps, config.warmup_steps + 1),
+        lr_decay_steps=max(steps, config.warmup_steps) + 1,  # min_lr comes after the last step
         lr_decay_style=config.decay_style,
         start_wd=config.weight_decay,
         end_wd=config.weight_decay,
@@ -53,11 +58,49 @@ def optimizer_step(optimizer: MegatronOptimizer, schedule: OptimizerParamSchedul
     """Clip, update, advance the schedule. Returns the gradient norm before clipping and the learning rate used.
 
     Raises:
-        FloatingPointError: the norm is not finite. The weights are spoilt; the last checkpoint is not.
+        FloatingPointError: the norm is not finite; nothing has been updated.
     """
-    lr = optimizer.param_groups[0]["lr"]
-    _, grad_norm, _ = optimizer.step()  # pyright: ignore[reportGeneralTypeIssues]  # abstract, declared without result
+    optimizer.prepare_grads()
+    grad_norm = float(optimizer.get_grad_norm())
     if not math.isfinite(grad_norm):
         raise FloatingPointError(f"the gradient norm is {grad_norm}; resume from the last checkpoint with a lower lr")
+    lr = optimizer.param_groups[0]["lr"]
+    optimizer.step()
     schedule.step(1)
-    return float(grad_norm), lr
+    return grad_norm, lr
+
+
+def _repair_checkpoints_of_torch_adam() -> None:
+    """Round-trip torch's Adam through the distributed optimizer's checkpoints (three repairs, see the comments).
+
+    Megatron is written for the fused Adam of Transformer Engine or Apex and takes torch's where neither is installed.
+    """
+    describe_state, load_state_dict = DistributedOptimizer.state_dict, DistributedOptimizer.load_state_dict
+
+    def describe(self: Any) -> dict:
+        for group in self.optimizer.param_groups:  # torch's Adam has no state to load into before its first step
+            for param in group["params"]:
+                if not self.optimizer.state[param]:
+                    self.optimizer.state[param] = {
+                        "step": torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(param),
+                        "exp_avg_sq": torch.zeros_like(param),
+                    }
+        return describe_state(self)
+
+    def load(self: Any, state_dict: dict) -> None:
+        load_state_dict(self, state_dict)
+        for param_state in self.optimizer.state.values():  # Megatron restores one shared tensor, and torch's Adam
+            param_state["step"] = param_state["step"].clone()  # would count it up once for each parameter
+
+    @torch.no_grad()
+    def set_states(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        main_param = self.optimizer.param_groups[group]["params"][order]
+        for key, target in {"param": main_param, **self.optimizer.state[main_param]}.items():
+            if key != "step":  # only torch's Adam has it in the state; Megatron keeps it in the group
+                target.copy_(tensors[key])
+
+    DistributedOptimizer.state_dict = describe
+    DistributedOptimizer.load_state_dict = load
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states

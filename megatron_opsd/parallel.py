@@ -42,10 +42,6 @@ class Layout:
         return self.pg_collection.dp
 
     @property
-    def is_first_stage(self) -> bool:
-        return self.pp_group.rank() == 0
-
-    @property
     def is_last_stage(self) -> bool:
         return self.pp_group.rank() == self.pp_group.size() - 1
 
@@ -116,6 +112,7 @@ def finalize() -> None:
 
 def _check_port_is_free(host: str, port: int) -> None:
     with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a run that has just ended holds no port
         try:
             sock.bind((host, port))
         except OSError as error:

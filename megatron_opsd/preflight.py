@@ -10,11 +10,10 @@ from megatron_opsd.config import Config
 from megatron_opsd.conversion.architecture import Architecture, read_architecture
 from megatron_opsd.data import check_data
 from megatron_opsd.errors import UserError
-from megatron_opsd.prompts import PromptBuilder, build_prompts
+from megatron_opsd.prompts import SEAM_TOKENS, PromptBuilder, build_prompts, max_model_len
 from megatron_opsd.types import Example
 
 KV_BYTES = {"bfloat16": 2, "float32": 4}
-_SEAM_TOKENS = 16  # a problem may tokenize a little longer inside its prompt than alone
 
 
 def check(config: Config, world_size: int | None, train: bool = True) -> None:
@@ -34,9 +33,11 @@ def check(config: Config, world_size: int | None, train: bool = True) -> None:
         check_batch(config, world_size)
         check_data(config.data, "data")
     if config.evaluate.data:
-        check_data(config.evaluate.data, "evaluate.data")
+        check_data(config.evaluate.data, "evaluate.data", held_out=True)
     elif config.evaluate.interval:
         raise UserError("evaluate.interval is on but evaluate.data.path is missing; set it or evaluate.interval = 0")
+    if config.optim.min_lr > config.optim.lr:
+        raise UserError(f"optim.min_lr = {config.optim.min_lr} exceeds optim.lr = {config.optim.lr}; lower it")
     check_lengths(config, arch, build_prompts(config), train)
     check_run_dir(Path(config.logging.run_dir))
 
@@ -81,6 +82,8 @@ def check_batch(config: Config, world_size: int | None) -> None:
     """Batch sizes against each other and the data-parallel size."""
     size, samples = config.train.global_batch_size, config.rollout.samples_per_prompt
     _check_divides("rollout.samples_per_prompt", samples, "train.global_batch_size", size)
+    if config.teacher.sees == "shuffled" and size == samples:
+        raise UserError("teacher.sees = 'shuffled' needs two problems a step; raise train.global_batch_size")
     if world_size is not None:
         model = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
         dp, micro = world_size // model, config.train.micro_batch_size
@@ -101,7 +104,7 @@ def check_lengths(config: Config, arch: Architecture, prompts: PromptBuilder, tr
             + data.max_problem_tokens
             + data.max_solution_tokens
             + config.rollout.max_response_tokens
-            + _SEAM_TOKENS
+            + SEAM_TOKENS
         )
     for side, length in longest.items():
         if length > arch.max_position_embeddings:
@@ -110,11 +113,12 @@ def check_lengths(config: Config, arch: Architecture, prompts: PromptBuilder, tr
                 f"{arch.max_position_embeddings}; lower data.max_problem_tokens, data.max_solution_tokens or "
                 "rollout.max_response_tokens"
             )
-    check_kv_cache(config, arch, longest["student"])
+    if not _has_gpu():
+        check_kv_cache(config, arch, longest["student"])
 
 
 def check_kv_cache(config: Config, arch: Architecture, length: int) -> None:
-    """The KV cache on CPU: room for one sequence at least, and memory for the cache (a GPU asks vLLM itself)."""
+    """The KV cache on CPU: room for one sequence at least, and memory for it. On a GPU vLLM measures for itself."""
     groups = max(1, arch.num_query_groups // config.rollout.tensor_model_parallel_size)
     token = 2 * arch.num_layers * groups * arch.kv_channels * KV_BYTES[config.model.dtype]
     gib, needed = config.rollout.kv_cache_gib, token * length / 2**30
@@ -125,7 +129,7 @@ def check_kv_cache(config: Config, arch: Architecture, length: int) -> None:
         )
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     available = psutil.virtual_memory().available / 2**30
-    if not _has_gpu() and gib * ranks > available:
+    if gib * ranks > available:
         raise UserError(
             f"rollout.kv_cache_gib = {gib} x {ranks} ranks on this machine exceeds its {available:.1f} GiB of "
             "free memory; lower it"
@@ -136,16 +140,6 @@ def _has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
-
-
-def max_model_len(config: Config, prompts: PromptBuilder) -> int:
-    """Tokens of the longest student prompt and response that the limits allow, in training and evaluation."""
-    template = len(prompts.student(Example(0, "", ""))) + _SEAM_TOKENS
-    longest = config.data.max_problem_tokens + config.rollout.max_response_tokens
-    if config.evaluate.data:
-        response = config.evaluate.max_response_tokens or config.rollout.max_response_tokens
-        longest = max(longest, config.evaluate.data.max_problem_tokens + response)
-    return template + longest
 
 
 def check_run_dir(path: Path) -> None:

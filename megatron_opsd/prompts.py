@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+# A problem may tokenize a little longer inside its prompt than alone.
+SEAM_TOKENS = 16
+
 _PLACEHOLDER = re.compile(r"\{(problem|solution)\}")
 
 
@@ -88,9 +91,9 @@ class PromptBuilder:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
 
-def build_prompts(config: "Config") -> PromptBuilder:
+def build_prompts(config: Config) -> PromptBuilder:
     """Load the model's tokenizer and bind it to the configured templates. Raises `UserError` where either is unfit."""
-    from transformers import AutoTokenizer  # here, because the configuration imports this module for its defaults
+    from transformers import AutoTokenizer  # here, because it takes seconds to load
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.model.path)
@@ -108,3 +111,12 @@ def build_prompts(config: "Config") -> PromptBuilder:
         teacher_thinking=config.prompts.teacher_thinking,
         teacher_prefix=config.prompts.teacher_prefix,
     )
+
+
+def max_model_len(config: Config, prompts: PromptBuilder) -> int:
+    """Tokens of the longest student prompt and response that the limits allow, in training and evaluation."""
+    longest = config.data.max_problem_tokens + config.rollout.max_response_tokens
+    if config.evaluate.data:
+        response = config.evaluate.max_response_tokens or config.rollout.max_response_tokens
+        longest = max(longest, config.evaluate.data.max_problem_tokens + response)
+    return len(prompts.student(Example(0, "", ""))) + SEAM_TOKENS + longest

@@ -1,19 +1,82 @@
 """The model that learns: DDP around Megatron's GPTModel, and one forward and backward pass through its schedule."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_opsd.batch import Batch, Microbatch
 from megatron_opsd.config import Config, ObjectiveConfig
-from megatron_opsd.metrics import LossSums, measure_loss, reduce_loss
 from megatron_opsd.model import HiddenStateGPT, positions
 from megatron_opsd.objective import Divergence, linear_divergence
+from megatron_opsd.objective.statistics import DivergenceOutput
 from megatron_opsd.parallel import Layout
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """A loss and its diagnostics as sums, so that any split of the batch adds up to the same means."""
+
+    sums: dict[str, float]
+    tokens: float
+    count: float
+    worst_gap: float
+    worst_sequence: int
+
+    def means(self) -> dict[str, float]:
+        """Means over the response tokens of the global batch; the loss as it was normalised."""
+        means = {name: value / max(1.0, self.tokens) for name, value in self.sums.items()}
+        return means | {"loss": self.sums["loss"] / max(1.0, self.count)}
+
+
+def measure_loss(loss: Tensor, out: DivergenceOutput, microbatch: Microbatch) -> dict[str, Tensor]:
+    """Sums of one micro-batch over its tokens, and the token on which training and rollout differ most."""
+    assert out.student_logprobs is not None
+    assert out.teacher_logprobs is not None
+    gap = (out.student_logprobs - microbatch.rollout_logprobs).abs()  # [n]
+    per_token = {
+        "divergence": out.unclipped,
+        "clip_fraction": out.clip_count > 0,
+        "logprob_student": out.student_logprobs,
+        "logprob_teacher": out.teacher_logprobs,
+        "agreement": out.agree,
+        "entropy_student": out.entropy_student,
+        "entropy_teacher": out.entropy_teacher,
+        "refit_logprob_gap": gap,
+    }
+    return {
+        "loss": loss.detach().double(),
+        **{name: values.sum(dtype=torch.float64) for name, values in per_token.items()},
+        "tokens": torch.tensor(gap.numel()),
+        "count": torch.tensor(microbatch.count),
+        "worst_gap": gap.max() if gap.numel() else torch.tensor(-1.0),
+        "worst_sequence": microbatch.sequence[gap.argmax()] if gap.numel() else torch.tensor(-1),
+    }
+
+
+def reduce_loss(reports: Sequence[dict[str, Tensor]], layout: Layout) -> LossSums:
+    """Add up micro-batches and data-parallel ranks; every rank of the pipeline gets the result."""
+    gathered: list[list[dict[str, float]]] = [[] for _ in range(layout.dp_group.size())]
+    if layout.is_last_stage:
+        own = [{name: value.item() for name, value in report.items()} for report in reports]
+        dist.all_gather_object(gathered, own, group=layout.dp_group)
+    dist.broadcast_object_list(gathered, src=layout.last_stage_rank, group=layout.pp_group)
+    parts = [part for rank in gathered for part in rank]
+    worst = max(parts, key=lambda part: part["worst_gap"])
+    names = parts[0].keys() - {"tokens", "count", "worst_gap", "worst_sequence"}
+    total = {name: sum(part[name] for part in parts) for name in parts[0]}
+    return LossSums(
+        sums={name: total[name] for name in names},
+        tokens=total["tokens"],
+        count=total["count"],
+        worst_gap=worst["worst_gap"],
+        worst_sequence=int(worst["worst_sequence"]),
+    )
 
 
 class Student:

@@ -29,8 +29,8 @@ class Teacher:
 
         On the last pipeline stage a list as long as ``microbatches``; elsewhere an empty one.
         """
-        self.load()
-        return get_forward_backward_func()(
+        self._load()
+        targets = get_forward_backward_func()(
             forward_step_func=self._forward_step,
             data_iterator=iter(microbatches),
             model=self.model,
@@ -39,6 +39,8 @@ class Teacher:
             micro_batch_size=len(microbatches[0].teacher_tokens),
             forward_only=True,
         )
+        self.offload()
+        return targets
 
     def _forward_step(self, work: Iterator[Microbatch], model: HiddenStateGPT) -> tuple[Tensor, partial]:
         microbatch = next(work)
@@ -58,20 +60,20 @@ class Teacher:
         lines = sorted(f"{name} {value}" for name, value in exporter.checksums().items())
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
-    def load(self) -> None:
-        """Bring offloaded weights back to the device."""
-        for name, parameter in self.model.named_parameters():
-            if name in self._offloaded:
-                parameter.data = self._offloaded[name].to(self._device, non_blocking=True)
-
     def offload(self) -> None:
         """Move the weights to pinned host memory (teacher.placement = "offload" on a GPU).
 
-        The pinned copy is made once: the weights never change.
+        The LM head stays, for the student's pass needs it. The host's copy is made once: the weights never change.
         """
         if self._placement == "resident" or self._device.type == "cpu":
             return
         for name, parameter in self.model.named_parameters():
+            if parameter is self.head_weight():
+                continue
             if name not in self._offloaded:
                 self._offloaded[name] = parameter.data.cpu().pin_memory()
             parameter.data = self._offloaded[name]
+
+    def _load(self) -> None:
+        for name, weight in self._offloaded.items():
+            self.model.get_parameter(name).data = weight.to(self._device, non_blocking=True)

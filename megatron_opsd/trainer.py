@@ -15,13 +15,13 @@ from megatron_opsd.conversion.export import Exporter
 from megatron_opsd.conversion.hf_files import HFReader, write_hf
 from megatron_opsd.conversion.load import load_hf
 from megatron_opsd.conversion.mapping import NameTable
-from megatron_opsd.data import Sampler, read_examples
+from megatron_opsd.data import Sampler, read_examples, read_held_out
+from megatron_opsd.errors import UserError
 from megatron_opsd.evaluate import evaluate, grade
 from megatron_opsd.metrics import Clock, MetricsWriter, is_due, memory_peak_gib, start_logging
 from megatron_opsd.model import HiddenStateGPT, build_model
 from megatron_opsd.optim import build_optimizer, build_schedule, optimizer_step
-from megatron_opsd.preflight import max_model_len
-from megatron_opsd.prompts import PromptBuilder, build_prompts
+from megatron_opsd.prompts import build_prompts, max_model_len
 from megatron_opsd.rollout.colocated import ColocatedVLLM
 from megatron_opsd.rollout.engine import Sampling, sample_seed
 from megatron_opsd.rollout.refit import check_logprob_gap, refit
@@ -30,9 +30,6 @@ from megatron_opsd.teacher import Teacher
 from megatron_opsd.types import Evaluation, Example, Rollout, StepResult
 
 log = logging.getLogger(__name__)
-
-# Mean absolute difference between vLLM's and Megatron's log-probs of the same tokens that the dtype explains, in nats.
-MAX_LOGPROB_GAP = {"float32": 1e-4, "bfloat16": 0.05}
 
 
 class Trainer:
@@ -45,7 +42,8 @@ class Trainer:
         dist.broadcast_object_list(found)  # one rank looks: file systems may show the others something older
         (resume_from,) = found
         self.prompts = build_prompts(config)
-        self.sampler = Sampler(read_examples(config.data, self.prompts.tokenizer, "data"), config.train.seed)
+        self.sampler = Sampler(read_examples(config.data, self.prompts.tokenizer), config.train.seed)
+        check_same_data(self.sampler)
         self.table = NameTable(read_architecture(config.model.path))
         reader = HFReader(config.model.path)
         reader.check(self.table.hf_tensors())
@@ -80,8 +78,7 @@ class Trainer:
             targets = self.teacher.score(batch, microbatches)
         with clock.phase("student"):
             losses = self.student.forward_backward(batch, microbatches, self.teacher.head_weight(), targets)
-            self.teacher.offload()
-        check_logprob_gap(losses, rollouts[0].weight_version, self._max_logprob_gap())
+        check_logprob_gap(losses, rollouts[0].weight_version, config)
         with clock.phase("optimizer"):
             grad_norm, lr = optimizer_step(self.optimizer, self.schedule)
             self.steps_done += 1
@@ -89,10 +86,11 @@ class Trainer:
             verify = is_due(self.steps_done, config.rollout.refit_verify_interval)
             refit(self.exporter, self.engine, self.steps_done, verify)
         correct = self._grade(examples, rollouts)
+        known = [right for right in correct if right is not None]
         metrics = {
             "step": self.steps_done,
             **losses.means(),
-            **({"accuracy": sum(correct) / len(correct)} if correct else {}),
+            **({"accuracy": sum(known) / len(known)} if known else {}),
             "grad_norm": grad_norm,
             "lr": lr,
             "tokens": losses.tokens,
@@ -160,26 +158,25 @@ class Trainer:
                 examples, self._teacher_prompts(examples), rollouts, strict=True
             )
         ]
-        multiple = self.config.parallel.tensor_model_parallel_size if self.config.parallel.sequence_parallel else 1
-        return build_batch(samples, self.config.prompts.skip_first_tokens, multiple)
+        layout = self.config.parallel
+        multiple = layout.tensor_model_parallel_size if layout.sequence_parallel else 1
+        one_length = layout.pipeline_model_parallel_size > 1
+        return build_batch(samples, self.config.prompts.skip_first_tokens, multiple, one_length)
 
     def _teacher_prompts(self, examples: Sequence[Example]) -> list[list[int]]:
         sees = self.config.teacher.sees
         if sees == "nothing":
             return [self.prompts.student(example) for example in examples]
         if sees == "shuffled":
-            others = [*examples[1:], *examples[:1]]
+            k = self.config.rollout.samples_per_prompt  # neighbours share a problem
+            others = [*examples[k:], *examples[:k]]
             examples = [replace(x, solution=other.solution) for x, other in zip(examples, others, strict=True)]
         return [self.prompts.teacher(example) for example in examples]
 
-    def _grade(self, examples: Sequence[Example], rollouts: Sequence[Rollout]) -> list[bool]:
-        """Whether each rollout is right; empty where an answer is unknown."""
-        if any(example.answer is None for example in examples):
-            return []
-        return grade(rollouts, examples, self.prompts.tokenizer, self.config.evaluate.answer_check)
-
-    def _max_logprob_gap(self) -> float:
-        return self.config.rollout.refit_max_logprob_gap or MAX_LOGPROB_GAP[self.config.model.dtype]
+    def _grade(self, examples: Sequence[Example], rollouts: Sequence[Rollout]) -> list[bool | None]:
+        """Whether each rollout is right; None where the answer is unknown."""
+        right = grade(rollouts, examples, self.prompts.tokenizer, self.config.evaluate.answer_check)
+        return [None if x.answer is None else correct for x, correct in zip(examples, right, strict=True)]
 
 
 def train(config: Config) -> None:
@@ -187,8 +184,11 @@ def train(config: Config) -> None:
     layout = parallel.initialize(config.parallel, config.train.seed)
     run_dir = Path(config.logging.run_dir)
     start_logging(run_dir, layout.rank)
+    held_out: list[Example] = []
+    if config.evaluate.data and config.evaluate.interval:
+        tokenizer = build_prompts(config).tokenizer
+        held_out = read_held_out(config.evaluate.data, tokenizer)[: config.evaluate.limit]
     trainer = Trainer(config, layout)
-    held_out = read_held_out(config, trainer.prompts)
     last, saves = config.train.steps, config.checkpoint.save_interval
     with MetricsWriter(config, trainer.prompts.tokenizer, trainer.steps_done, enabled=layout.rank == 0) as writer:
         if trainer.steps_done == 0 and held_out:
@@ -207,8 +207,10 @@ def train(config: Config) -> None:
     parallel.finalize()
 
 
-def read_held_out(config: Config, prompts: PromptBuilder) -> list[Example]:
-    """The problems to evaluate on during training; none where evaluation is off."""
-    if config.evaluate.data is None or config.evaluate.interval == 0:
-        return []
-    return read_examples(config.evaluate.data, prompts.tokenizer, "evaluate.data")[: config.evaluate.limit]
+def check_same_data(sampler: Sampler) -> None:
+    """Raise UserError unless all ranks have read the same data."""
+    digests: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(digests, sampler.digest)
+    for rank, digest in enumerate(digests):
+        if digest != digests[0]:
+            raise UserError(f"data.path: rank {rank} reads other data than rank 0; give all nodes the same file")

@@ -37,13 +37,13 @@ class Rollout:
 class StepResult:
     """One training step: its numbers under the names of metrics.jsonl, and the examples and rollouts it was made of.
 
-    `correct` says of each rollout whether its answer is right; it is empty where an example has no answer.
+    `correct` says of each rollout whether its answer is right, None where the example has no answer.
     """
 
     metrics: dict[str, float]
     examples: list[Example]
     rollouts: list[Rollout]
-    correct: list[bool]
+    correct: list[bool | None]
 
 
 @dataclass(frozen=True, slots=True)

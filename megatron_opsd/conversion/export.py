@@ -112,16 +112,33 @@ class Exporter:
             if entry.stage != self.pp_group.rank() or (rule.dim is None and self.tp_group.rank() > 0):
                 continue
             for (name, shape), part in zip(rule.hf.items(), rule.split(self._parameters[entry.name]), strict=True):
+                offset = 0 if rule.dim is None else self.tp_group.rank() * part.shape[rule.dim]
                 if rule.is_vocab:
-                    start = self.tp_group.rank() * part.shape[0]
-                    part = part[: max(0, shape[0] - start)]
-                sums[position[name]] = checksum(part)
+                    part = part[: max(0, shape[0] - offset)]
+                sums[position[name]] = checksum(part, rule.dim, offset)
         for group in (self.tp_group, self.pp_group):
             dist.all_reduce(sums, group=group)
         return dict(zip(names, sums.tolist(), strict=True))
 
 
-def checksum(tensor: Tensor) -> int:
-    """Sum of the elements' bit patterns modulo 2^64: exact, and the sum of the shards' checksums."""
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return int(tensor.contiguous().view(bits).sum(dtype=torch.int64))
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_ELEMENTS_AT_ONCE = 2**22  # of the int64 copy that a checksum makes
+
+
+def checksum(tensor: Tensor, dim: int | None = None, offset: int = 0) -> Tensor:
+    """Checksum of the elements' bit patterns and places: Σ bits · row weight · column weight modulo 2^64, an int64.
+
+    The weights are odd, so that any one changed element shows, and differ, so that an exchange of elements does. A
+    shard that starts at ``offset`` along ``dim`` of a whole tensor gives its part of the whole one's checksum.
+    """
+    bits = tensor.contiguous().view(_INTEGERS[tensor.element_size()]).reshape(tensor.shape[0], -1)
+    rows, columns = (
+        torch.arange(size, dtype=torch.int64, device=tensor.device) + (offset if dim == axis else 0)
+        for axis, size in enumerate(bits.shape)
+    )
+    row_weights, column_weights = rows * 0x9E3779B97F4A + 1, columns * 0xC2B2AE3D27D4 + 1  # even factors: odd weights
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    step = max(1, _ELEMENTS_AT_ONCE // max(1, bits.shape[1]))
+    for part, weights in zip(bits.split(step), row_weights.split(step), strict=True):
+        total += ((part.long() * column_weights).sum(1) * weights).sum()
+    return total

@@ -1,13 +1,18 @@
 """The student's weights into the engine, every tensor exactly once and unaltered, or the run stops."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor
 
+from megatron_opsd.config import Config
 from megatron_opsd.conversion.export import Exporter, checksum
 from megatron_opsd.conversion.mapping import Shape
-from megatron_opsd.metrics import LossSums
 from megatron_opsd.rollout.engine import Engine
+from megatron_opsd.student import LossSums
+
+# Mean absolute difference between vLLM's and Megatron's log-probs of the same tokens that the dtype explains, in nats.
+MAX_LOGPROB_GAP = {"float32": 1e-4, "bfloat16": 0.05}
 
 
 class RefitError(RuntimeError):
@@ -39,7 +44,7 @@ def verified(
             raise RefitError(f"refit: the tensor {name} {why}")
         if tuple(tensor.shape) != missing.pop(name):
             raise RefitError(f"refit: {name} arrived as {list(tensor.shape)} instead of {list(expected[name])}")
-        if name in checksums and checksum(tensor) != checksums[name]:
+        if name in checksums and int(checksum(tensor)) != checksums[name]:
             raise RefitError(f"refit: {name} arrived with other contents than the student holds (checksums differ)")
         yield name, tensor
     if missing:
@@ -48,16 +53,20 @@ def verified(
         )
 
 
-def check_logprob_gap(losses: LossSums, version: int, largest: float) -> None:
+def check_logprob_gap(losses: LossSums, version: int, config: Config) -> None:
     """Compare vLLM's log-probs of its own tokens with Megatron's for the same tokens and weights (temperature 1).
 
-    largest: limit of the mean absolute difference over the step's response tokens, in nats.
-
     Raises:
-        RefitError: the gap is larger than the dtype explains.
+        RefitError: the mean absolute difference over the step's response tokens is larger than the dtype explains.
     """
-    gap = losses.means()["refit_logprob_gap"]
-    if not gap <= largest:  # a NaN is no agreement
+    means = losses.means()
+    gap, largest = (
+        means["refit_logprob_gap"],
+        config.rollout.refit_max_logprob_gap or MAX_LOGPROB_GAP[config.model.dtype],
+    )
+    if math.isnan(means["logprob_student"]):
+        raise FloatingPointError(f"the student's log-probs are NaN at weights {version}; resume with a lower lr")
+    if not gap <= largest:
         raise RefitError(
             f"refit: vLLM's log-probs differ from the student's by {gap:.2g} on average (limit {largest:.2g}, worst "
             f"token {losses.worst_gap:.2g} in sequence {losses.worst_sequence}): vLLM does not hold weights {version}"

@@ -72,15 +72,17 @@ def test_weights_of_the_two_normalizations() -> None:
     assert by_sequence.sequence.tolist() == [0, 0, 0, 1, 2, 2]
 
 
-def test_ranks_and_micro_batches_share_the_samples_out() -> None:
-    batch = build_batch(SAMPLES)
-    seen = []
+@pytest.mark.parametrize("one_length", [False, True])
+def test_ranks_and_micro_batches_share_the_samples_out(one_length: bool) -> None:
+    batch = build_batch(SAMPLES, one_length=one_length)
+    assert (batch.student_length, batch.teacher_length) == (4, 6)
+    seen, lengths = [], []
     for rank in range(2):
         for micro in microbatches(batch, 1, Group(rank, 2)):
-            assert micro.student_tokens.shape == (1, batch.student_length)
-            assert micro.teacher_tokens.shape == (1, batch.teacher_length)
+            lengths.append((micro.student_tokens.shape[1], micro.teacher_tokens.shape[1]))
             seen += micro.sequence.tolist()
     assert sorted(seen) == [0, 0, 0, 1, 2, 2]
+    assert lengths == ([(4, 6)] * 4 if one_length else [(4, 6), (4, 3), (1, 1), (0, 1)])
 
 
 def test_a_micro_batch_without_response_tokens() -> None:

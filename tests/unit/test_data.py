@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from megatron_opsd.config import DataConfig
-from megatron_opsd.data import Dropped, Sampler, check_data, drop_long, load_examples, read_examples
+from megatron_opsd.data import Dropped, Sampler, check_data, drop_long, load_examples, read_examples, read_held_out
 from megatron_opsd.errors import UserError
 from megatron_opsd.types import Example
 
@@ -120,6 +120,21 @@ def test_missing_column_names_the_ones_there_are(tmp_path: Path, load: Load) -> 
     assert message == f"data.problem_column = 'problem': {path} has no such column; choose one of answer, question"
 
 
+def test_held_out_problems_need_answers_but_no_solutions(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    rows = [{"problem": "1+1?", "answer": 2}, {"problem": "2+2?", "answer": "4"}]
+    config = DataConfig(path=write_jsonl(tmp_path / "a.jsonl", rows), answer_column="answer")
+    check_data(config, "evaluate.data", held_out=True)
+    assert [example.answer for example in read_held_out(config, tokenizer)] == ["2", "4"]
+    path = write_jsonl(tmp_path / "b.jsonl", [*rows, {"problem": "Draw it.", "answer": None}])
+    config = DataConfig(path=path, answer_column="answer")
+    assert fail(lambda c: read_held_out(c, tokenizer), config).startswith(f"{path}:3: no answer in column 'answer'")
+    # A long solution drops nothing: nobody is shown it.
+    solved = [{"problem": "1+1?", "solution": "so " * 50 + r"\boxed{2}"}]
+    config = DataConfig(path=write_jsonl(tmp_path / "c.jsonl", solved), max_solution_tokens=5)
+    assert [example.answer for example in read_held_out(config, tokenizer)] == ["2"]
+
+
 def test_errors_name_the_section_they_were_asked_for(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ROWS)
     config = DataConfig(path=path, answer_column="result")
@@ -195,7 +210,7 @@ def test_each_epoch_shows_every_example_once_in_its_own_order() -> None:
     epochs = [[example.index for example in sampler.next_batch(10)] for _ in range(3)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
-    assert sampler.epoch == 2
+    assert sampler.state_dict()["epoch"] == 2
 
 
 def test_batches_cross_the_border_of_an_epoch_and_sizes_do_not_matter() -> None:

@@ -58,6 +58,9 @@ def test_no_mistakes(config: list[str], capsys: pytest.CaptureFixture[str]) -> N
         (["--prompts.teacher_template", "{problem}"], ["prompts.teacher_template has no {solution}"]),
         (["--logging.run_dir", f"{__file__}/run"], ["logging.run_dir = ", "cannot write to", __file__]),
         (["--optim.lr", "fast"], ["--optim.lr = 'fast'", "number"]),
+        (["--optim.min_lr", "0.1"], ["optim.min_lr = 0.1", "optim.lr"]),
+        (["--objective.clip", "inf"], ["--objective.clip = inf", "finite"]),
+        (["--teacher.sees", "shuffled", "--rollout.samples_per_prompt", "32"], ["shuffled", "two problems"]),
         (["--objective.beta", "1.5"], ["--objective.beta = 1.5", "less than 1"]),
     ],
 )
@@ -132,3 +135,16 @@ def test_truncated_weights(config: list[str], tmp_path: Path) -> None:
     (broken / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     line = run([*config, *ONE_RANK, "--model.path", str(broken)], MASTER_PORT="0")
     assert "model.safetensors: not a readable safetensors file" in line
+
+
+def test_a_run_directory_with_checkpoints(config: list[str], tmp_path: Path) -> None:
+    """A new run, or one that goes back, never mixes its checkpoints with later ones."""
+    for step in (10, 20):
+        path = tmp_path / "checkpoints" / f"step_{step:06d}"
+        path.mkdir(parents=True)
+        (path / "progress.json").write_text(json.dumps({"step": step, "sampler": {}, "teacher": ""}))
+    arguments = [*config, *ONE_RANK, "--logging.run_dir", str(tmp_path)]
+    assert "--checkpoint.resume auto" in run(arguments, MASTER_PORT="0")
+    back = run([*arguments, "--checkpoint.resume", str(tmp_path / "checkpoints" / "step_000010")], MASTER_PORT="0")
+    assert "newer" in back
+    assert "--logging.run_dir" in back

@@ -1,0 +1,71 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_opsd.conversion.architecture import read_architecture
+from megatron_opsd.conversion.export import checksum
+from megatron_opsd.conversion.hf_files import HFReader
+from megatron_opsd.conversion.mapping import NameTable
+from megatron_opsd.errors import UserError
+from tests.distributed.tiny import write_qwen3
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(6, 10), (12,), (8, 1)])
+def test_checksum_is_the_sum_of_the_shards(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for dim in range(len(shape)):
+        half = shape[dim] // 2
+        parts = [(tensor.narrow(dim, 0, half), 0), (tensor.narrow(dim, half, shape[dim] - half), half)]
+        assert sum(checksum(part, dim, offset) for part, offset in parts) == checksum(tensor)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_checksum_sees_one_changed_bit_and_any_exchange(dtype: torch.dtype) -> None:
+    tensor = torch.randn(6, 10, generator=torch.Generator().manual_seed(0)).to(dtype)
+    changed = tensor.clone()
+    changed[5, 9] = torch.nextafter(changed[5, 9].float(), torch.tensor(9.0)).to(dtype) if dtype != DTYPES[1] else 0.5
+    assert checksum(changed) != checksum(tensor)
+    for order in (torch.tensor([1, 0, 2, 3, 4, 5]), torch.tensor([3, 4, 5, 0, 1, 2])):
+        assert checksum(tensor[order]) != checksum(tensor)
+    assert checksum(tensor.flip(1)) != checksum(tensor)
+    assert checksum(tensor.T.contiguous()) != checksum(tensor)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_table_covers_transformers_own_tensors(tmp_path: Path, tied: bool) -> None:
+    path = write_qwen3(tmp_path, tied, num_key_value_heads=1, vocab_size=333)
+    HFReader(path).check(NameTable(read_architecture(path)).hf_tensors())
+
+
+def test_wrong_checkpoints_are_named(tmp_path: Path) -> None:
+    path = write_qwen3(tmp_path, tied=True)
+    expected = NameTable(read_architecture(path)).hf_tensors()
+    with pytest.raises(UserError, match="the tensor extra is missing"):
+        HFReader(path).check(expected | {"extra": (1,)})
+    with pytest.raises(UserError, match=r"model.norm.weight has the shape \[64\]; config.json calls for \[65\]"):
+        HFReader(path).check(expected | {"model.norm.weight": (65,)})
+    del expected["model.norm.weight"]
+    with pytest.raises(UserError, match=r"1 tensors the architecture does not have, first model.norm.weight"):
+        HFReader(path).check(expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llama"}, "model_type is 'llama'"),
+        ({"use_sliding_window": True}, "use_sliding_window = True is not supported"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope type 'yarn' is not supported"),
+        ({"head_dim": None}, "the field head_dim is missing"),
+    ],
+)
+def test_unsupported_architectures_are_refused(tmp_path: Path, change: dict, message: str) -> None:
+    path = write_qwen3(tmp_path, tied=True)
+    raw = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(raw | change))
+    with pytest.raises(UserError, match=message):
+        read_architecture(path)
