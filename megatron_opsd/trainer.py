@@ -188,9 +188,15 @@ def train(config: Config) -> None:
     if config.evaluate.data and config.evaluate.interval:
         tokenizer = build_prompts(config).tokenizer
         held_out = read_held_out(config.evaluate.data, tokenizer)[: config.evaluate.limit]
+    if layout.rank == 0:
+        print(
+            f"loading {config.model.path} on {layout.world_size} ranks; messages go to {run_dir / 'logs'}", flush=True
+        )
     trainer = Trainer(config, layout)
     last, saves = config.train.steps, config.checkpoint.save_interval
     with MetricsWriter(config, trainer.prompts.tokenizer, trainer.steps_done, enabled=layout.rank == 0) as writer:
+        if trainer.steps_done:
+            writer.say(f"going on after step {trainer.steps_done}")
         if trainer.steps_done == 0 and held_out:
             writer.evaluation(0, trainer.evaluate(held_out))
         while trainer.steps_done < last:
