@@ -12,7 +12,7 @@ ARITHMETIC := examples/arithmetic
 # Two training processes on two cores: more threads in each only get in each other's way.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test lint type
+.PHONY: setup demo test bench lint type
 
 setup: .venv/installed
 
@@ -35,6 +35,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# Time and memory of the objective beside TRL's, on a GPU if there is one: some minutes, into benchmarks/results/.
+bench: setup
+	$(BIN)/python benchmarks/bench_objective.py
 
 lint: setup
 	$(BIN)/ruff check

@@ -11,98 +11,129 @@ reverse_kl   -p d                   p (expm1(d) - d)                            
 jsd          βq a + (1-β)p b        βq (a + expm1(-a)) + (1-β)p (b + expm1(-b)) (1-β)p b            0
 
 with m = βq + (1-β)p, a = log(q/m), b = log(p/m). A probability of zero contributes its limit, also where d is
-infinite or, both being zero, NaN.
+infinite. Elementwise selection costs a CPU ten times an exponential, so the ranges of d are joined by arithmetic.
 """
 
-from typing import NamedTuple
+from functools import cache
+from math import factorial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron_opsd.objective.spec import Divergence
 
+# f⁺ is its series while |d| is below this and its formula from twice this on; between them it is a mean of the two.
 SERIES_BELOW = 0.1
-# (x + expm1(-x)) / x² = 1/2! - x/3! + x²/4! - ...; up to SERIES_BELOW the first omitted term is under 1e-12 of the sum.
-SERIES = (1 / 2, -1 / 6, 1 / 24, -1 / 120, 1 / 720, -1 / 5040, 1 / 40320)
+# How many terms leave out less than 1e-7 (float64: 1e-12) of the sum there.
+TERMS = {torch.float32: 5, torch.float64: 9}
+# Beyond this d, either way, the lower probability adds nothing to jsd that float64 could hold.
+FARTHEST = 60.0
 
 
 class Forms(NamedTuple):
-    """The table's columns, and ∂shift/∂log p, so that ∂f/∂log p = slope - shift_slope."""
+    """The table's columns, and ∂shift/∂log p, so that ∂f/∂log p = slope - shift_slope. jsd has no shift."""
 
     raw: Tensor
-    value: Tensor
     slope: Tensor
-    shift: Tensor
-    shift_slope: Tensor
+    value: Tensor | None = None
+    shift: Tensor | None = None
+    shift_slope: Tensor | None = None
 
 
-class Clipped(NamedTuple):
-    """What a token sums over the vocabulary: loss, ∂loss/∂log p, and 1 where the entry lies above the clip."""
+def entry_forms(p: Tensor, q: Tensor, d: Tensor, spec: Divergence, *, with_value: bool = True) -> Forms:
+    """The forms of ``spec.kind`` for probabilities p, q and d = log q - log p, all of one shape and dtype.
 
-    value: Tensor
-    slope: Tensor
-    above: Tensor
-
-
-def entry_forms(p: Tensor, q: Tensor, d: Tensor, spec: Divergence) -> Forms:
-    """The forms of ``spec.kind`` for probabilities p, q and d = log q - log p, all of one shape and dtype."""
-    if spec.kind == "forward_kl":
-        difference = _difference(p, q, d)
-        return Forms(_times(q, d), _excess(q, p, d), difference, shift=difference, shift_slope=p)
-    if spec.kind == "reverse_kl":
-        raw = _times(p, -d)
-        return Forms(raw, _excess(p, q, -d), raw, shift=-_difference(p, q, d), shift_slope=-p)
-    a, b = _log_ratios_to_mixture(d, spec.beta)
-    mixture = spec.beta * q + (1 - spec.beta) * p
-    value = spec.beta * _excess(q, mixture, a) + (1 - spec.beta) * _excess(p, mixture, b)
-    zero = torch.zeros_like(value)
-    return Forms(value, value, (1 - spec.beta) * _times(p, b), shift=zero, shift_slope=zero)
-
-
-def clip_entries(forms: Forms, spec: Divergence) -> Clipped:
-    """Apply an entry-wise clip; ``token`` clips and no clip leave the forms as they are.
-
-    ``entry`` caps the raw form: min(f, c) + shift, whose sum is Σ min(f, c). A capped entry keeps its shift's slope,
-    for the other entries' shifts count on it to cancel. ``saturate`` bends f⁺ to c log(1 + f⁺/c).
+    d may be infinite but not NaN. ``with_value=False`` leaves out what only the loss needs: f⁺, reverse KL's shift.
     """
-    clip = spec.clip
-    if clip is None or spec.clip_mode == "token":
-        return Clipped(forms.value, forms.slope, torch.zeros_like(forms.value))
-    if spec.clip_mode == "entry":
-        above = forms.raw > clip
-        value = torch.where(above, clip + forms.shift, forms.value)
-        return Clipped(value, torch.where(above, forms.shift_slope, forms.slope), above)
-    value = clip * torch.log1p(forms.value / clip)
-    return Clipped(value, forms.slope * (clip / (clip + forms.value)), forms.value > clip)
+    if spec.kind == "jsd":
+        return _jsd_forms(p, q, d, spec.beta, with_value)
+    forward = spec.kind == "forward_kl"
+    weight, x = (q, d) if forward else (p, -d)
+    raw = (weight * x).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)  # 0 · inf is 0
+    shift_slope = p if forward else -p
+    if not (forward or with_value):
+        return Forms(raw, raw, shift_slope=shift_slope)
+    # the other probability - weight, to the precision of x where they are close
+    shift = x.abs().neg_().expm1_().mul_(torch.maximum(p, q)).copysign_(-x)
+    value = _join(_series(x, _kl_coefficients(TERMS[x.dtype])).mul_(weight), raw + shift, x) if with_value else None
+    return Forms(raw, shift if forward else raw, value, shift, shift_slope)
 
 
-def _times(weight: Tensor, x: Tensor) -> Tensor:
-    """weight · x, and 0 where the weight is 0, whatever x."""
-    return torch.where(weight == 0, 0, weight * x)
+def _jsd_forms(p: Tensor, q: Tensor, d: Tensor, beta: float, with_value: bool) -> Forms:
+    near = d.clamp(-FARTHEST, FARTHEST)
+    below = near.neg().expm1_()  # p/q - 1
+    minus_b = near.exp_().mul_(below).mul_(-beta).log1p_()  # log1p(β (q/p - 1))
+    slope = minus_b.mul_(p).mul_(beta - 1)
+    raw = torch.addcmul(slope, q, below.mul_(1 - beta).log1p_(), value=-beta)
+    if not with_value:
+        return Forms(raw, slope)
+    return Forms(raw, slope, _join(_series(d, _jsd_coefficients(beta, TERMS[d.dtype])).mul_(q), raw, d))
 
 
-def _excess(weight: Tensor, other: Tensor, x: Tensor) -> Tensor:
-    """weight · (x + expm1(-x)) >= 0, where other = weight · exp(-x).
+def clip_slope(forms: Forms, spec: Divergence) -> Tensor:
+    """∂loss/∂log p of the clipped entries. ``token`` clips and no clip leave it as it is.
 
-    Three ranges: a series where the two terms cancel, the formula itself, and below -1, where exp(-x) could overflow
-    while the weight underflows, ``other`` in the place of their product. A zero weight leaves ``other``, the limit.
+    An entry capped by an ``entry`` clip keeps its shift's slope, for the other entries' shifts count on it to cancel.
     """
-    series = torch.full_like(x, SERIES[-1])
-    for coefficient in reversed(SERIES[:-1]):
-        series = series * x + coefficient
-    excess = torch.where(x.abs() < SERIES_BELOW, x * x * series, x + torch.expm1(-x))
-    value = torch.where(x < -1, other + weight * (x - 1), weight * excess)
-    return torch.where(weight == 0, other, value)
+    if spec.clip is None or spec.clip_mode == "token":
+        return forms.slope
+    if spec.clip_mode == "saturate":
+        assert forms.value is not None
+        return forms.slope * (spec.clip / (spec.clip + forms.value))
+    if forms.shift_slope is None:
+        return forms.slope * _indicator(forms.raw, torch.le, spec.clip)
+    return torch.where(forms.raw > spec.clip, forms.shift_slope, forms.slope)
 
 
-def _difference(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
-    """p - q, to the precision of d where they are close."""
-    return torch.where(d.abs() < 1, q * torch.expm1(-d), p - q)
+def clip_value(forms: Forms, spec: Divergence) -> tuple[Tensor, Tensor]:
+    """The clipped f⁺, and 1 where the entry lies above the clip; only for ``entry`` and ``saturate``.
+
+    ``entry`` caps the raw form: min(f, c) + shift, whose sum is Σ min(f, c). ``saturate`` bends f⁺ to c log(1 + f⁺/c).
+    """
+    clip, value = spec.clip, forms.value
+    assert clip is not None
+    assert value is not None
+    if spec.clip_mode == "saturate":
+        return (value / clip).log1p_().mul_(clip), _indicator(value, torch.gt, clip)
+    if forms.shift is None:
+        return value.clamp(max=clip), _indicator(forms.raw, torch.gt, clip)
+    above = forms.raw > clip
+    return torch.where(above, clip + forms.shift, value), above
 
 
-def _log_ratios_to_mixture(d: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """a = log(q/m) and b = log(p/m) from exp(-|d|), which cannot overflow and keeps a small d's digits."""
-    teacher_higher = d >= 0
-    share = torch.full_like(d, beta).masked_fill_(teacher_higher, 1 - beta)
-    log_ratio = -torch.log1p(share * torch.expm1(-d.abs()))  # of the higher one to the mixture
-    return torch.where(teacher_higher, log_ratio, log_ratio + d), torch.where(teacher_higher, log_ratio - d, log_ratio)
+def _indicator(x: Tensor, compare: Any, bound: float) -> Tensor:
+    """1 where the comparison holds, else 0, in x's dtype: a CPU counts and multiplies booleans slowly."""
+    return compare(x, bound, out=torch.empty_like(x))
+
+
+def _series(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
+    """x² (c₀ + c₁ x + ...) for small x, bounded for any."""
+    x = x.clamp(-2 * SERIES_BELOW, 2 * SERIES_BELOW)
+    series = x * coefficients[-1]
+    for coefficient in coefficients[-2::-1]:
+        series.add_(coefficient).mul_(x)
+    return series.mul_(x)
+
+
+@cache
+def _kl_coefficients(terms: int) -> tuple[float, ...]:
+    """Of x + expm1(-x) = x²/2! - x³/3! + ..."""
+    return tuple((-1) ** k / factorial(k) for k in range(2, terms + 2))
+
+
+@cache
+def _jsd_coefficients(beta: float, terms: int) -> tuple[float, ...]:
+    """Of f/q = -M log M - (1-β) d exp(-d) with M = m/q = β + (1-β) exp(-d), by powers of d from the second."""
+    exp = [(-1) ** k / factorial(k) for k in range(terms + 2)]
+    m = [1.0] + [(1 - beta) * e for e in exp[1:]]
+    log = [0.0]  # M (log M)' = M'
+    for k in range(1, terms + 2):
+        log.append(m[k] - sum(j * log[j] * m[k - j] for j in range(1, k)) / k)
+    return tuple(-sum(m[j] * log[k - j] for j in range(k + 1)) - (1 - beta) * exp[k - 1] for k in range(2, terms + 2))
+
+
+def _join(series: Tensor, formula: Tensor, d: Tensor) -> Tensor:
+    """The series near zero, the formula far from it. Each is finite where the other alone is wanted; writes in both."""
+    weight = d.abs().sub_(SERIES_BELOW).mul_(1 / SERIES_BELOW).clamp_(0, 1)
+    return torch.addcmul(series.addcmul_(series, weight, value=-1), formula, weight)

@@ -92,8 +92,9 @@ class _LinearDivergence(torch.autograd.Function):
             output, statistics = measure(logits, spec, shard, vocab_size, ids)
             outputs.append(output)
             if any(wanted):
-                for inner, chunk in logits_gradient(logits, statistics, token_weights[rows], spec):
-                    gradients.add(start + inner.start, chunk.to(student.dtype), student[inner], head[0])
+                for inner, columns, tile in logits_gradient(logits, statistics, token_weights[rows], spec):
+                    logits.student[inner, columns] = tile
+                gradients.add(start, logits.student.to(student.dtype), student, head[0])
         values: list[Any] = [None if v[0] is None else torch.cat(v) for v in zip(*outputs, strict=True)]
         ctx.gradients = gradients
         ctx.mark_non_differentiable(*(value for value in values if value is not None))
@@ -121,7 +122,11 @@ class _Gradients:
         if self.hidden is not None:
             self.hidden[start : start + len(hidden)] = logits_gradient @ head
         if self.weight is not None:
-            self.weight[: len(head)] += _matmul(logits_gradient.t(), hidden)
+            real = self.weight[: len(head)]
+            if real.dtype == hidden.dtype:
+                real.addmm_(logits_gradient.t(), hidden)
+            else:
+                real += _matmul(logits_gradient.t(), hidden)
 
     def scaled(self, factor: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """What backward returns for hidden states and head."""

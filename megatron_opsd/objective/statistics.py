@@ -11,11 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_opsd.objective.entries import clip_entries, entry_forms
+from megatron_opsd.objective.entries import clip_slope, clip_value, entry_forms
 from megatron_opsd.objective.spec import Divergence
 
-# Logits handled at once: a float32 temporary takes 32 MiB.
-ENTRIES_AT_ONCE = 2**23
+# Logits handled at once. On a CPU the dozen temporaries of a tile should stay in its cache; elsewhere a launch costs
+# more than that, and a float32 temporary takes 32 MiB.
+ENTRIES_AT_ONCE = {"cpu": 2**17}
+ENTRIES_AT_ONCE_ELSEWHERE = 2**23
 
 
 class DivergenceOutput(NamedTuple):
@@ -42,19 +44,26 @@ class Logits(NamedTuple):
         """What to compute in."""
         return torch.promote_types(torch.float32, torch.promote_types(self.student.dtype, self.teacher.dtype))
 
-    def rows(self, rows: slice) -> "Logits":
-        """Some tokens' logits in the dtype to compute in."""
-        return Logits(self.student[rows].to(self.dtype), self.teacher[rows].to(self.dtype))
+    def tile(self, rows: slice, columns: slice) -> "Logits":
+        """Some tokens' logits for some of the vocabulary, in the dtype to compute in."""
+        return Logits(self.student[rows, columns].to(self.dtype), self.teacher[rows, columns].to(self.dtype))
 
-    def chunks(self) -> Iterator[slice]:
-        """Rows to handle at once; one empty slice if there are none."""
+    def tiles(self) -> Iterator[tuple[slice, list[slice]]]:
+        """Rows to handle together, and the columns to take them in; one empty slice if there are none."""
         n, width = self.student.shape
-        step = max(1, ENTRIES_AT_ONCE // max(1, width))
-        return (slice(start, start + step) for start in range(0, max(1, n), step))
+        at_once = ENTRIES_AT_ONCE.get(self.student.device.type, ENTRIES_AT_ONCE_ELSEWHERE)
+        parts = max(1, -(-width // at_once))
+        columns = [slice(width * i // parts, width * (i + 1) // parts) for i in range(parts)]
+        step = max(1, at_once // max(1, width))
+        return ((slice(start, start + step), columns) for start in range(0, max(1, n), step))
 
-    def per_token(self, function: Callable[[slice], list[Tensor]]) -> Tensor:
-        """Stack what ``function`` returns for each chunk of rows to [values, n]."""
-        return torch.cat([torch.stack([v.to(self.dtype) for v in function(rows)]) for rows in self.chunks()], dim=1)
+    def per_token(self, function: Callable[[slice, slice], list[Tensor]]) -> Tensor:
+        """Σ over the tiles of each row of what ``function`` returns, stacked to [values, n]."""
+        sums = []
+        for rows, columns in self.tiles():
+            first, *rest = (torch.stack(function(rows, part)) for part in columns)
+            sums.append(sum(rest, first))
+        return torch.cat(sums, dim=1)
 
 
 class Normalizers(NamedTuple):
@@ -116,7 +125,9 @@ def measure(
     parts = [_entry_sums(logits, normalizers, spec), (wins.all(0) & (top_ids[0] == top_ids[1]))[None].to(logits.dtype)]
     if token_ids is not None:
         parts.append(_centered_logits(logits, maxima, token_ids - shard.start))
-    unclipped, loss, slope_sum, count, *rest = shard.all_reduce(torch.cat(parts)).unbind()  # third
+    sums = shard.all_reduce(torch.cat(parts))  # third
+    sums[:4] += 0 * normalizers.sums.sum(0)  # a NaN logit spoils its token
+    unclipped, loss, slope_sum, count, *rest = sums.unbind()
 
     if token_ids is not None:
         known = (token_ids >= 0) & (token_ids < vocab_size)
@@ -131,19 +142,30 @@ def measure(
 
 def logits_gradient(
     logits: Logits, statistics: Statistics, weights: Tensor, spec: Divergence
-) -> Iterator[tuple[slice, Tensor]]:
-    """The gradient of Σ weights · loss to the student's logits, [rows, width], for a chunk of rows after the other.
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """The gradient of Σ weights · loss to the student's logits, [rows, columns], tile by tile.
+
+    Each tile's logits may be overwritten with it: none is read again.
 
     (w/τ)(g - p G). G should vanish where nothing is clipped; p G then cancels the error of the normalizers. A token of
     weight zero, or held constant by its clip, has gradient zero even if its divergence is infinite.
     """
     scale = weights.to(logits.dtype) / spec.temperature
     scale = torch.where(statistics.capped, 0, scale)
-    for rows in logits.chunks():
-        p, q, d = _probabilities(logits.rows(rows), statistics.normalizers, rows, spec.temperature)
-        slope = clip_entries(entry_forms(p, q, d, spec), spec).slope
-        gradient = slope.sub_(p.mul_(statistics.slope_sum[rows, None])).mul_(scale[rows, None])
-        yield rows, gradient.masked_fill_(scale[rows, None] == 0, 0)
+    dead = scale == 0
+    any_dead = not dead.is_cpu or bool(dead.any())  # asking a GPU would wait for it
+    normalizers = statistics.normalizers
+    needs_value = spec.clip is not None and spec.clip_mode == "saturate"
+
+    def of_tile(rows: slice, columns: slice) -> Tensor:
+        p, q, d, *_ = _probabilities(logits.tile(rows, columns), normalizers, rows, spec.temperature)
+        slope = clip_slope(entry_forms(p, q, d, spec, with_value=needs_value), spec)
+        gradient = torch.addcmul(slope, p, statistics.slope_sum[rows, None], value=-1).mul_(scale[rows, None])
+        return gradient.masked_fill_(dead[rows, None], 0) if any_dead else gradient
+
+    for rows, columns in logits.tiles():
+        for part in columns:
+            yield rows, part, of_tile(rows, part)
 
 
 def _maxima(logits: Logits) -> tuple[Tensor, Tensor]:
@@ -159,14 +181,18 @@ def _maxima(logits: Logits) -> tuple[Tensor, Tensor]:
 def _sum_exps(logits: Logits, maxima: Tensor, temperatures: list[float]) -> Tensor:
     """This rank's Σ exp((logit - maximum) / temperature): [3, n] student, teacher, difference; [2, n] for a second."""
 
-    def sums(rows: slice) -> list[Tensor]:
-        centered = [side - maxima[i, rows, None] for i, side in enumerate(logits.rows(rows))]
-        student, teacher = (torch.exp(side / temperatures[0]) for side in centered)
+    def sums(rows: slice, columns: slice) -> list[Tensor]:
+        centered = [side - maxima[i, rows, None] for i, side in enumerate(logits.tile(rows, columns))]
+        student, teacher = (_exp(side, temperatures[0]) for side in centered)
         # Reductions may add each row in its own order: only the difference is sure to be zero for identical models.
-        values = [student.sum(-1), teacher.sum(-1), (teacher - student).sum(-1)]
-        return values + [torch.exp(side / t).sum(-1) for t in temperatures[1:] for side in centered]
+        values = [student.sum(-1), teacher.sum(-1), teacher.sub_(student).sum(-1)]
+        return values + [_exp(side, t).sum(-1) for t in temperatures[1:] for side in centered]
 
     return logits.per_token(sums)
+
+
+def _exp(x: Tensor, temperature: float) -> Tensor:
+    return torch.exp(x) if temperature == 1 else (x / temperature).exp_()
 
 
 def _log_ratio(student_sum: Tensor, teacher_sum: Tensor, difference: Tensor) -> Tensor:
@@ -175,24 +201,45 @@ def _log_ratio(student_sum: Tensor, teacher_sum: Tensor, difference: Tensor) -> 
     return torch.where(close, torch.log1p(difference / student_sum), torch.log(teacher_sum / student_sum))
 
 
-def _probabilities(
-    logits: Logits, normalizers: Normalizers, rows: slice, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """p, q and d = log q - log p of some rows. d comes from the logits' difference, which is exact for close ones."""
+def _probabilities(logits: Logits, normalizers: Normalizers, rows: slice, temperature: float) -> tuple[Tensor, ...]:
+    """p, q, d = log q - log p, and both centered logits over temperature, of a tile.
+
+    d comes from the logits' difference, which is exact for close ones; it is 0 where both probabilities are.
+    """
     maxima, sums = normalizers.maxima[:, rows, None], normalizers.sums[:, rows, None]
-    p, q = (torch.exp((side - maxima[i]) / temperature) / sums[i] for i, side in enumerate(logits))
-    d = (logits.teacher - logits.student) - (maxima[1] - maxima[0])
-    return p, q, d / temperature - normalizers.log_ratio[rows, None]
+    d = logits.teacher - logits.student
+    d.sub_(maxima[1] - maxima[0])
+    centered = [side - maxima[i] for i, side in enumerate(logits)]
+    if temperature != 1:
+        d.div_(temperature)
+        centered = [side.div_(temperature) for side in centered]
+    d.sub_(normalizers.log_ratio[rows, None]).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+    p, q = (torch.exp(side).div_(sums[i]) for i, side in enumerate(centered))
+    return p, q, d, *centered
 
 
 def _entry_sums(logits: Logits, normalizers: Normalizers, spec: Divergence) -> Tensor:
     """This rank's Σ over entries, [6, n]: f⁺, the clipped f⁺, g, entries above the clip, both entropies."""
+    log_sums = normalizers.sums.log()
+    by_entry = spec.clip is not None and spec.clip_mode != "token"
 
-    def sums(rows: slice) -> list[Tensor]:
-        p, q, d = _probabilities(logits.rows(rows), normalizers, rows, spec.temperature)
+    def sums(rows: slice, columns: slice) -> list[Tensor]:
+        tile = logits.tile(rows, columns)
+        p, q, d, *centered = _probabilities(tile, normalizers, rows, spec.temperature)
+        # Minus infinity times a probability of zero counts as zero.
+        lowest = torch.finfo(p.dtype).min
+        entropies = [
+            side.sub_(log_sums[i, rows, None]).clamp_(min=lowest).mul_(probability).sum(-1).neg_()
+            for i, (side, probability) in enumerate(zip(centered, (p, q), strict=True))
+        ]
         forms = entry_forms(p, q, d, spec)
-        entries = (forms.value, *clip_entries(forms, spec), torch.special.entr(p), torch.special.entr(q))
-        return [entry.sum(-1) for entry in entries]
+        assert forms.value is not None
+        unclipped = forms.value.sum(-1)
+        loss, count = unclipped, torch.zeros_like(unclipped)
+        if by_entry:
+            value, above = clip_value(forms, spec)
+            loss, count = value.sum(-1), above.sum(-1, dtype=value.dtype)
+        return [unclipped, loss, clip_slope(forms, spec).sum(-1), count, *entropies]
 
     return logits.per_token(sums)
 

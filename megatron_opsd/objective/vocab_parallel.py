@@ -27,12 +27,18 @@ def vocab_parallel_divergence(
     vocab_size: int,
     tp_group: dist.ProcessGroup | None,
     token_ids: Tensor | None = None,
+    inplace: bool = False,
 ) -> DivergenceOutput:
     """Divergence of each token's student distribution from the teacher's over a vocabulary spread over ``tp_group``.
 
     student_logits, teacher_logits  [n, v/tp], any floating dtype; rank r holds ids r·v/tp .. (r+1)·v/tp - 1. Ids from
                                     ``vocab_size`` on are padding: never read, gradient zero.
     token_ids                       [n] global ids of the sampled tokens, to have their log-probs too.
+    inplace                         backward writes the gradient over ``student_logits`` instead of beside them, and
+                                    then beyond both logits only O(n) numbers and a tile's temporaries exist. For
+                                    logits that nothing reads after backward, the layer that made them included
+                                    (a matrix product does not). A second backward raises RuntimeError; a leaf must
+                                    not share its memory with anything that lives on.
 
     Returns per-token values, all [n] and equal on every rank; ``loss`` carries a gradient to ``student_logits`` only,
     in their dtype. Formulas: OPSD (arXiv 2601.18734) for the objective and its entry clip, Lin 1991 for ``jsd``; see
@@ -50,7 +56,11 @@ def vocab_parallel_divergence(
         )
     check_per_token("token_ids", token_ids, student_logits.shape[0])
     shard = VocabShard.of(student_logits.shape[1], vocab_size, tp_group)
-    return DivergenceOutput(*_Divergence.apply(student_logits, teacher_logits, token_ids, spec, vocab_size, shard))
+    if inplace and student_logits.numel() and student_logits.data_ptr() == teacher_logits.data_ptr():
+        raise ValueError("inplace would overwrite the teacher's logits: both sides are one tensor")
+    return DivergenceOutput(
+        *_Divergence.apply(student_logits, teacher_logits, token_ids, spec, vocab_size, shard, inplace)
+    )
 
 
 def check_per_token(name: str, values: Tensor | None, n: int) -> None:
@@ -69,22 +79,25 @@ class _Divergence(torch.autograd.Function):
         spec: Divergence,
         vocab_size: int,
         shard: VocabShard,
+        inplace: bool,
     ) -> tuple[Tensor | None, ...]:
         logits = Logits(student_logits[:, : shard.width], teacher_logits[:, : shard.width])
         output, statistics = measure(logits, spec, shard, vocab_size, token_ids)
         normalizers, *rest = statistics
         ctx.save_for_backward(student_logits, teacher_logits, *normalizers, *rest)
-        ctx.spec, ctx.width = spec, shard.width
+        ctx.spec, ctx.width, ctx.inplace = spec, shard.width, inplace
         ctx.mark_non_differentiable(*(value for value in output[1:] if value is not None))
         return tuple(output)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        # A change of saved logits, such as an earlier backward in place, makes this raise.
         student_logits, teacher_logits, maxima, sums, log_ratio, *rest = ctx.saved_tensors
         logits = Logits(student_logits[:, : ctx.width], teacher_logits[:, : ctx.width])
         statistics = Statistics(Normalizers(maxima, sums, log_ratio), *rest)
-        gradient = torch.zeros_like(student_logits)
-        for rows, chunk in logits_gradient(logits, statistics, grads[0], ctx.spec):
-            gradient[rows, : ctx.width] = chunk
-        return gradient, None, None, None, None, None
+        gradient = student_logits.detach() if ctx.inplace else torch.empty_like(student_logits)
+        gradient[:, ctx.width :] = 0
+        for rows, columns, tile in logits_gradient(logits, statistics, grads[0], ctx.spec):
+            gradient[rows, columns] = tile
+        return gradient, *[None] * 6

@@ -87,7 +87,7 @@ def test_vllm_and_megatron_agree_on_every_rollout(run_dir: Path) -> None:
 def test_run_directory_is_complete(run_dir: Path) -> None:
     files = {str(path.relative_to(run_dir)) for path in run_dir.rglob("*")}
     expected = {"config.toml", "metrics.jsonl", "evaluations.jsonl", "tensorboard"}
-    expected |= {"logs/rank_0000.log", "logs/rank_0001.log", f"rollouts/evaluation_{STEPS:06d}.jsonl"}
+    expected |= {"logs/train_rank_0000.log", "logs/train_rank_0001.log", f"rollouts/evaluation_{STEPS:06d}.jsonl"}
     expected |= {"checkpoints/step_000020", f"checkpoints/step_{STEPS:06d}"}
     expected |= {f"hf/{name}" for name in ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja")}
     assert expected <= files

@@ -1,0 +1,368 @@
+"""Time and memory of the objective beside what others publish: `make bench`, on a GPU if there is one.
+
+Every candidate gets the same tensors in the same process, turn by turn, and computes the loss and its gradients.
+Before anything is timed, each gradient is compared with float64's. Time is process time on a CPU, with one thread, and
+wall time between synchronisations on a GPU. Memory is the peak less what was there before: on a CPU the resident set's
+high-water mark of a forked child that runs the candidate once, on a GPU the allocator's.
+
+Writes benchmarks/results/objective-{cpu,cuda}.{md,json}.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import date
+from functools import partial
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+import torch
+from torch import Tensor
+from trl.experimental.gkd import GKDTrainer
+
+from megatron_opsd.objective import Divergence, linear_divergence, vocab_parallel_divergence
+
+VOCAB = 151_936
+CLIP = 1e-5  # reached by a few entries of every token in these distributions
+CHECKED_ROWS = 8
+MIB = 2**20
+RESULTS = Path(__file__).parent / "results"
+SPECS = {
+    "jsd": Divergence(kind="jsd"),
+    "jsd + entry clip": Divergence(kind="jsd", clip=CLIP),
+    "forward_kl": Divergence(),
+}
+
+Run = Callable[..., tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One table: which inputs, how large, which objective."""
+
+    source: str  # "logits" or "hidden"
+    objective: str  # of SPECS
+    n: int
+    vocab: int  # of this rank
+    hidden: int
+    dtype: str
+    device: str
+
+    @property
+    def title(self) -> str:
+        size = f"n {self.n}, vocabulary {self.vocab}" + (f", h {self.hidden}" if self.source == "hidden" else "")
+        return f"From {self.source}: {self.objective}, {size}, {self.dtype}"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    run: Run  # (student, teacher) or (hidden, head, teacher hidden, teacher head) -> gradients
+    exact: bool = True  # the same function, so that its gradient should be that of float64
+    inplace: bool = False  # writes into the student's logits
+    main_grad: bool = False  # writes into the head's main_grad
+
+
+@dataclass
+class Row:
+    """One line of a table."""
+
+    candidate: str
+    seconds: list[float]  # quartiles: 25 %, median, 75 %
+    peak_mib: float
+    gradient_error: list[float] | None  # L2, relative to float64, per gradient
+
+
+# --- candidates -------------------------------------------------------------------------------------------------------
+
+
+def trl_loss(student: Tensor, teacher: Tensor, spec: Divergence) -> Tensor:
+    """TRL's function as published; the clamp, which it does not have, on its entries."""
+    beta = 0.0 if spec.kind == "forward_kl" else spec.beta
+    reduction = "sum" if spec.clip is None else "none"
+    entries = GKDTrainer.generalized_jsd_loss(student, teacher, beta=beta, reduction=reduction)
+    return entries if spec.clip is None else entries.clamp(max=spec.clip).sum()
+
+
+def from_logits(spec: Divergence, vocab: int) -> dict[str, Candidate]:
+    """Everything that starts from logits [n, v]."""
+
+    def ours(student: Tensor, teacher: Tensor, **options: Any) -> tuple[Tensor, ...]:
+        loss = vocab_parallel_divergence(student, teacher, spec, vocab_size=vocab, tp_group=None, **options).loss.sum()
+        return torch.autograd.grad(loss, student)
+
+    def trl(student: Tensor, teacher: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(trl_loss(student, teacher, spec), student)
+
+    def trl_widened(student: Tensor, teacher: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(trl_loss(student.float(), teacher.float(), spec), student)
+
+    def cross_entropy(student: Tensor, teacher: Tensor) -> tuple[Tensor, ...]:
+        loss = torch.nn.functional.cross_entropy(student.float(), teacher[:, 0].long().clamp(min=0), reduction="sum")
+        return torch.autograd.grad(loss, student)
+
+    return {
+        "TRL": Candidate(trl),
+        "ours": Candidate(ours),
+        "ours, in place": Candidate(partial(ours, inplace=True), inplace=True),
+        "TRL, logits widened to float32": Candidate(trl_widened),
+        "cross-entropy (torch), for scale": Candidate(cross_entropy, exact=False),
+    }
+
+
+def from_hidden(spec: Divergence, vocab: int, chunk_size: int) -> dict[str, Candidate]:
+    """Everything that starts from hidden states [n, h] and heads [v, h]."""
+
+    def ours(*tensors: Tensor) -> tuple[Tensor, ...]:
+        weights = torch.ones(len(tensors[0]), device=tensors[0].device)
+        loss, _ = linear_divergence(*tensors, weights, spec, vocab_size=vocab, tp_group=None, chunk_size=chunk_size)  # type: ignore[arg-type]
+        return torch.autograd.grad(loss, tensors[:2])
+
+    def ours_to_main_grad(hidden: Tensor, head: Any, *teacher: Tensor) -> tuple[Tensor, ...]:
+        return ours(hidden, head, *teacher)[0], head.main_grad
+
+    def trl(hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            teacher = teacher_hidden @ teacher_head.t()
+        return torch.autograd.grad(trl_loss(hidden @ head.t(), teacher, spec), (hidden, head))
+
+    return {
+        "TRL on whole logits": Candidate(trl),
+        "ours, head's gradient returned": Candidate(ours),
+        "ours, head's gradient into main_grad": Candidate(ours_to_main_grad, main_grad=True),
+        **liger(spec),
+    }
+
+
+def liger(spec: Divergence) -> dict[str, Candidate]:
+    """Liger's two, which need a GPU and know no entry clip."""
+    if not torch.cuda.is_available() or util.find_spec("liger_kernel") is None or spec != SPECS["jsd"]:
+        return {}
+    fused: Any = __import__("liger_kernel.transformers.fused_linear_jsd", fromlist=["_"]).LigerFusedLinearJSD
+    chunked: Any = __import__("liger_kernel.chunked_loss", fromlist=["_"]).LigerFusedLinearJSDLoss
+    fused_loss = fused(jsd_beta=spec.beta)
+    chunked_loss = chunked(beta=spec.beta, weight_hard_loss=0.0, weight_soft_loss=1.0, compiled=True)
+
+    def run_fused(*tensors: Tensor) -> tuple[Tensor, ...]:
+        loss = fused_loss(*tensors) * len(tensors[0])  # Liger's is the tokens' mean
+        return torch.autograd.grad(loss, tensors[:2])
+
+    def run_chunked(hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor) -> tuple[Tensor, ...]:
+        labels = torch.zeros(len(hidden), dtype=torch.long, device=hidden.device)
+        loss = chunked_loss(hidden, head, teacher_hidden, teacher_head, labels) * len(hidden)
+        return torch.autograd.grad(loss, (hidden, head))
+
+    return {"Liger fused_linear_jsd": Candidate(run_fused), "Liger chunked JSD": Candidate(run_chunked)}
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def make_tensors(case: Case) -> list[Tensor]:
+    """Logits with a standard deviation of two, the teacher's .3 away; or hidden states and heads that give such."""
+    generator = torch.Generator(case.device).manual_seed(0)
+    dtype = getattr(torch, case.dtype)
+
+    def normal(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, generator=generator, device=case.device).to(dtype)
+
+    if case.source == "logits":
+        student = 2 * normal(case.n, case.vocab)
+        return [student, student + 0.3 * normal(case.n, case.vocab)]
+    hidden, head = normal(case.n, case.hidden), normal(case.vocab, case.hidden).mul_(2 * case.hidden**-0.5)
+    return [hidden, head, hidden + 0.15 * normal(case.n, case.hidden), head.clone()]
+
+
+def fresh(tensors: list[Tensor], candidate: Candidate) -> list[Any]:
+    """Inputs for one run: the student's are leaves, logits may be overwritten, main_grad is zero and resident."""
+    inputs: list[Any] = [tensor.detach() for tensor in tensors]
+    if candidate.inplace:
+        inputs[0] = inputs[0].clone()
+    trained = 1 if len(inputs) == 2 else 2
+    inputs[:trained] = [tensor.requires_grad_() for tensor in inputs[:trained]]
+    if candidate.main_grad:
+        inputs[1].main_grad = torch.empty(inputs[1].shape, device=inputs[1].device).fill_(0)
+        inputs[1].grad_added_to_main_grad = False
+    return inputs
+
+
+def gradient_errors(case: Case, tensors: list[Tensor], candidates: dict[str, Candidate]) -> dict[str, list[float]]:
+    """Relative L2 distance of each gradient from float64's, on the first tokens."""
+    few = [tensor[:CHECKED_ROWS] if i % 2 == 0 or len(tensors) == 2 else tensor for i, tensor in enumerate(tensors)]
+    exact = from_logits if case.source == "logits" else from_hidden
+    options = () if case.source == "logits" else (CHECKED_ROWS,)
+    spec = SPECS[case.objective]
+    name = "TRL" if case.source == "logits" else "TRL on whole logits"
+    truth_of = exact(spec, case.vocab, *options)[name]
+    truth = truth_of.run(*fresh([tensor.double() for tensor in few], truth_of))
+    errors = {}
+    for name, candidate in candidates.items():
+        if candidate.exact:
+            gradients = candidate.run(*fresh(few, candidate))
+            errors[name] = [
+                float((ours - exact).norm() / exact.norm()) for ours, exact in zip(gradients, truth, strict=True)
+            ]
+    return errors
+
+
+def elapsed(run: Run, inputs: list[Any], device: str) -> float:
+    """Seconds that one run takes."""
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = clock()
+    kept = run(*inputs)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    seconds = clock() - start
+    del kept
+    return seconds
+
+
+def peak_mib(run: Run, inputs: list[Any], device: str) -> float:
+    """Memory of one run at its height, less what is there before."""
+    if device == "cuda":
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run(*inputs)
+        return (torch.cuda.max_memory_allocated() - before) / MIB
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    if (child := os.fork()) == 0:
+        ctypes.CDLL(None).malloc_trim(0)  # what the parent freed must not be had for nothing
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts at the present size
+        before = resident("VmRSS")
+        kept = run(*inputs)
+        sender.send(resident("VmHWM") - before)
+        del kept
+        os._exit(0)
+    sender.close()
+    result = receiver.recv()  # EOFError: the child died
+    os.waitpid(child, 0)
+    return result
+
+
+def resident(field: str) -> float:
+    """A field of /proc/self/status, in MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+
+def measure(case: Case, repeats: int, chunk_size: int) -> list[Row]:
+    """Every candidate's line: checked, then weighed, then timed in turns."""
+    tensors = make_tensors(case)
+    spec = SPECS[case.objective]
+    candidates = from_logits(spec, case.vocab) if case.source == "logits" else from_hidden(spec, case.vocab, chunk_size)
+    errors = gradient_errors(case, tensors, candidates)
+    for name, (first, *_) in errors.items():
+        if name.startswith("ours") and first > (1e-5 if case.dtype == "float32" else 1e-2):
+            raise SystemExit(f"{case.title}: {name} is {first:.1e} from float64")
+    peaks = {name: peak_mib(each.run, fresh(tensors, each), case.device) for name, each in candidates.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for turn in range(repeats + 1):
+        for name, each in candidates.items():
+            taken = elapsed(each.run, fresh(tensors, each), case.device)
+            if turn:  # the first warms up
+                seconds[name].append(taken)
+    return [
+        Row(name, statistics.quantiles(seconds[name], n=4, method="inclusive"), peaks[name], errors.get(name))
+        for name in candidates
+    ]
+
+
+# --- reporting --------------------------------------------------------------------------------------------------------
+
+
+def as_table(case: Case, rows: list[Row]) -> str:
+    """Markdown; times and memory also relative to TRL's on the same inputs."""
+    base = next(row for row in rows if row.candidate.startswith("TRL"))
+    lines = [
+        f"### {case.title}\n",
+        "| | median s | quartiles | TRL's / this | peak MiB | TRL's / this | gradient error |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        low, median, high = row.seconds
+        error = ", ".join(f"{value:.0e}" for value in row.gradient_error) if row.gradient_error else ""
+        speed, memory = base.seconds[1] / median, base.peak_mib / max(row.peak_mib, 0.1)
+        lines.append(
+            f"| {row.candidate} | {median:.4f} | {low:.4f} to {high:.4f} | {speed:.2f} | {row.peak_mib:.0f} "
+            f"| {memory:.1f} | {error} |"
+        )
+    return "\n".join(lines)
+
+
+def environment(device: str, repeats: int) -> dict[str, Any]:
+    """What the figures depend on."""
+    if device == "cuda":
+        machine = torch.cuda.get_device_name()
+    else:
+        info = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":")[1].strip() for line in info if line.startswith("model name")), "")
+        machine = f"{model or platform.machine()}, one thread"
+    wanted = [name for name in ("torch", "trl", "liger-kernel", "triton") if util.find_spec(name.replace("-", "_"))]
+    versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in wanted}
+    return {"date": date.today().isoformat(), "machine": machine, "versions": versions, "repeats": repeats}
+
+
+def default_cases(device: str, scale: list[int], hidden: list[int]) -> list[Case]:
+    """CPU: one size in float32, and logits in bf16. GPU: the sizes asked for, in bf16, also as a rank of 2 and of 8."""
+    if device == "cpu":
+        logits = [Case("logits", name, 128, VOCAB, 0, "float32", device) for name in SPECS]
+        bf16 = Case("logits", "jsd + entry clip", 128, VOCAB, 0, "bfloat16", device)
+        return [*logits, bf16, Case("hidden", "jsd + entry clip", 512, VOCAB, 1024, "float32", device)]
+    shards = [(n, VOCAB // tp) for n in scale for tp in (1, 2, 8)]
+    logits = [Case("logits", name, n, width, 0, "bfloat16", device) for n, width in shards for name in SPECS]
+    return logits + [
+        Case("hidden", name, n, VOCAB, h, "bfloat16", device)
+        for n in scale
+        for h in hidden
+        for name in ("jsd", "jsd + entry clip")
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--only", default="", help="run the tables whose title contains this; writes no files")
+    parser.add_argument("--n", type=int, nargs="*", default=[1024, 4096, 8192, 16384], help="tokens (GPU)")
+    parser.add_argument("--hidden", type=int, nargs="*", default=[1024, 2560, 5120], help="hidden sizes (GPU)")
+    parser.add_argument("--chunk-size", type=int, default=0, help="tokens at once from hidden states; 0: the default")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    chunk_size = args.chunk_size or (128 if args.device == "cpu" else 2048)
+    conditions = environment(args.device, args.repeats)
+    parts, data = [], []
+    for case in default_cases(args.device, args.n, args.hidden):
+        if args.only in case.title:
+            rows = measure(case, args.repeats, chunk_size)
+            parts.append(as_table(case, rows))
+            data.append({"case": asdict(case), "rows": [asdict(row) for row in rows]})
+            print(parts[-1], flush=True)
+            print(flush=True)
+    if args.only:
+        return
+    RESULTS.mkdir(exist_ok=True)
+    about = (
+        f"{conditions['date']}, {conditions['machine']}; "
+        + ", ".join(f"{name} {version}" for name, version in conditions["versions"].items())
+        + f"; {args.repeats} repeats, {chunk_size} tokens at once from hidden states."
+    )
+    target = RESULTS / f"objective-{args.device}.md"
+    target.write_text("\n\n".join(["# The objective: time and memory", about, *parts]) + "\n")
+    target.with_suffix(".json").write_text(json.dumps(conditions | {"tables": data}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
