@@ -28,7 +28,7 @@ SERIES_BELOW = 0.1
 # How many terms leave out less than 1e-7 (float64: 1e-12) of the sum there.
 TERMS = {torch.float32: 5, torch.float64: 9}
 # Beyond this d, either way, the lower probability adds nothing to jsd that float64 could hold.
-FARTHEST = 60.0
+FARTHEST = 40.0
 
 
 class Forms(NamedTuple):
@@ -54,18 +54,22 @@ def entry_forms(p: Tensor, q: Tensor, d: Tensor, spec: Divergence, *, with_value
     shift_slope = p if forward else -p
     if not (forward or with_value):
         return Forms(raw, raw, shift_slope=shift_slope)
-    # the other probability - weight, to the precision of x where they are close
-    shift = x.abs().neg_().expm1_().mul_(torch.maximum(p, q)).copysign_(-x)
+    # the other probability - weight, to its own precision where they are close: (q - p)/(q + p) = tanh(d/2)
+    shift = (p + q).mul_((x * -0.5).tanh_())
     value = _join(_series(x, _kl_coefficients(TERMS[x.dtype])).mul_(weight), raw + shift, x) if with_value else None
     return Forms(raw, shift if forward else raw, value, shift, shift_slope)
 
 
 def _jsd_forms(p: Tensor, q: Tensor, d: Tensor, beta: float, with_value: bool) -> Forms:
-    near = d.clamp(-FARTHEST, FARTHEST)
-    below = near.neg().expm1_()  # p/q - 1
-    minus_b = near.exp_().mul_(below).mul_(-beta).log1p_()  # log1p(β (q/p - 1))
-    slope = minus_b.mul_(p).mul_(beta - 1)
-    raw = torch.addcmul(slope, q, below.mul_(1 - beta).log1p_(), value=-beta)
+    # Of a and b the one that is smaller near d = 0 comes from a logarithm, the other is d away from it.
+    share, near = (beta, d) if beta <= 0.5 else (1 - beta, -d)
+    near = near.clamp(-FARTHEST, FARTHEST)
+    odds = near.exp().add_(1).mul_((near * 0.5).tanh_())  # expm1, at half of torch's cost
+    smaller = odds.mul_(share).log1p_().neg_()
+    larger = near.add_(smaller)
+    a, b = (larger, smaller) if beta <= 0.5 else (smaller, larger)
+    slope = b.mul_(p).mul_(1 - beta)
+    raw = torch.addcmul(slope, q, a, value=beta)
     if not with_value:
         return Forms(raw, slope)
     return Forms(raw, slope, _join(_series(d, _jsd_coefficients(beta, TERMS[d.dtype])).mul_(q), raw, d))

@@ -7,8 +7,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_opsd.objective.reduction import VocabShard, measure, write_gradient
 from megatron_opsd.objective.spec import Divergence
-from megatron_opsd.objective.statistics import DivergenceOutput, Logits, VocabShard, logits_gradient, measure
+from megatron_opsd.objective.statistics import DivergenceOutput, Logits
 from megatron_opsd.objective.vocab_parallel import check_per_token
 
 
@@ -92,9 +93,10 @@ class _LinearDivergence(torch.autograd.Function):
             output, statistics = measure(logits, spec, shard, vocab_size, ids)
             outputs.append(output)
             if any(wanted):
-                for inner, columns, tile in logits_gradient(logits, statistics, token_weights[rows], spec):
-                    logits.student[inner, columns] = tile
-                gradients.add(start, logits.student.to(student.dtype), student, head[0])
+                same = logits.student.dtype == student.dtype
+                gradient = logits.student if same else torch.empty_like(logits.student, dtype=student.dtype)
+                write_gradient(logits, statistics, token_weights[rows], spec, gradient)
+                gradients.add(start, gradient, student, head[0])
         values: list[Any] = [None if v[0] is None else torch.cat(v) for v in zip(*outputs, strict=True)]
         ctx.gradients = gradients
         ctx.mark_non_differentiable(*(value for value in values if value is not None))

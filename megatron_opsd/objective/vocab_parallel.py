@@ -7,16 +7,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_opsd.objective.reduction import VocabShard, measure, write_gradient
 from megatron_opsd.objective.spec import Divergence
-from megatron_opsd.objective.statistics import (
-    DivergenceOutput,
-    Logits,
-    Normalizers,
-    Statistics,
-    VocabShard,
-    logits_gradient,
-    measure,
-)
+from megatron_opsd.objective.statistics import DivergenceOutput, Logits, Normalizers, Statistics
 
 
 def vocab_parallel_divergence(
@@ -98,6 +91,5 @@ class _Divergence(torch.autograd.Function):
         statistics = Statistics(Normalizers(maxima, sums, log_ratio), *rest)
         gradient = student_logits.detach() if ctx.inplace else torch.empty_like(student_logits)
         gradient[:, ctx.width :] = 0
-        for rows, columns, tile in logits_gradient(logits, statistics, grads[0], ctx.spec):
-            gradient[rows, columns] = tile
+        write_gradient(logits, statistics, grads[0], ctx.spec, gradient[:, : ctx.width])
         return gradient, *[None] * 6

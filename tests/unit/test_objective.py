@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_opsd.objective import Divergence, vocab_parallel_divergence
-from megatron_opsd.objective import statistics as statistics_module
+from megatron_opsd.objective import torch_sweeps
 from megatron_opsd.objective.entries import SERIES_BELOW, entry_forms
 from tests.unit.test_objective_reference import KINDS, SPECS, name_of, reference, reference_logprobs
 
@@ -284,7 +284,7 @@ def test_tiles_change_nothing(spec: Divergence, at_once: int, monkeypatch: pytes
     student, teacher = logits_pair()
     plain = diverge(student, teacher, spec, VOCAB)
     expected = gradient(plain.loss, student)
-    monkeypatch.setitem(statistics_module.ENTRIES_AT_ONCE, "cpu", at_once)
+    monkeypatch.setattr(torch_sweeps, "ENTRIES_AT_ONCE", at_once)
     out = diverge(student, teacher, spec, VOCAB)
     torch.testing.assert_close(out[:6], plain[:6], rtol=0, atol=1e-14)
     torch.testing.assert_close(gradient(out.loss, student), expected, rtol=0, atol=1e-14)
@@ -299,7 +299,7 @@ def test_in_place_the_gradient_takes_the_logits_memory(
     _, teacher = logits_pair(dtype)
     expected = gradient(diverge(hidden @ head, teacher, spec, VOCAB).loss, hidden)
     for at_once in (5 * VOCAB, 10):
-        monkeypatch.setitem(statistics_module.ENTRIES_AT_ONCE, "cpu", at_once)
+        monkeypatch.setattr(torch_sweeps, "ENTRIES_AT_ONCE", at_once)
         logits = hidden @ head
         seen: list[Tensor] = []
         logits.register_hook(seen.append)

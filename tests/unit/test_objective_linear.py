@@ -133,7 +133,7 @@ def test_evaluation_makes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     head: Any = tensors[1]
     head.main_grad, head.grad_added_to_main_grad = torch.zeros(head.shape), False
     with_grad, _ = diverge(tensors, Divergence())
-    monkeypatch.setattr("megatron_opsd.objective.linear.logits_gradient", lambda *_: pytest.fail("made a gradient"))
+    monkeypatch.setattr("megatron_opsd.objective.linear.write_gradient", lambda *_: pytest.fail("made a gradient"))
     with torch.no_grad():
         loss, _ = diverge(tensors, Divergence())
     frozen, _ = diverge([tensor.detach() for tensor in tensors], Divergence())

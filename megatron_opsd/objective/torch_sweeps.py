@@ -1,0 +1,133 @@
+"""The sweeps over the vocabulary in plain torch, for any device: the reference, and what runs on a CPU.
+
+A sweep works on a tile of logits at a time, so that only a tile's temporaries exist.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from megatron_opsd.objective.entries import clip_slope, clip_value, entry_forms
+from megatron_opsd.objective.spec import Divergence
+from megatron_opsd.objective.statistics import EntrySums, LocalSums, Logits, Normalizers, Statistics
+
+# A CPU keeps the dozen temporaries of a tile this large in its cache.
+ENTRIES_AT_ONCE = 2**17
+# glibc gives freed memory back to the kernel, and a third of the time goes into getting it again, until a block of
+# nearly 32 MiB has come and gone: then it keeps blocks of up to that size.
+GLIBC_KEEPS_BYTES = 31 * 2**20
+
+
+def normalizer_sums(logits: Logits, temperatures: tuple[float, ...]) -> LocalSums:
+    """First sweep: this rank's maxima, where they stand, and sums of exponentials less its own maxima."""
+    n, width = logits.student.shape
+    if width == 0:
+        nothing = logits.student.new_zeros((2, n), dtype=logits.dtype)
+        return LocalSums(nothing - torch.inf, nothing.long(), nothing.expand(len(temperatures), 2, n), nothing[0])
+    maxima, top_ids = (torch.stack(pair) for pair in zip(*map(_first_maximum, logits), strict=True))
+    maxima = maxima.to(logits.dtype)
+    # Finite, so that a shard of nothing but -inf has sums of zero.
+    centers = maxima.clamp(min=torch.finfo(maxima.dtype).min)
+
+    def sums(rows: slice, tile: Logits) -> list[Tensor]:
+        centered = [side - centers[i, rows, None] for i, side in enumerate(tile)]
+        *others, student, teacher = (_exp(side, t) for t in reversed(temperatures) for side in centered)
+        return [s.sum(-1) for s in (student, teacher, *others)] + [teacher.sub_(student).sum(-1)]
+
+    *sums, difference = _per_token(logits, sums)
+    return LocalSums(maxima, top_ids, torch.stack(sums).view(len(temperatures), 2, n), difference)
+
+
+def entry_sums(logits: Logits, normalizers: Normalizers, spec: Divergence) -> EntrySums:
+    """Second sweep: this rank's sums over entries."""
+    by_entry = spec.clip is not None and spec.clip_mode != "token"
+
+    def sums(rows: slice, tile: Logits) -> list[Tensor]:
+        p, q, d, *centered = _probabilities(tile, normalizers, rows, spec.temperature)
+        # Minus infinity times a probability of zero counts as zero.
+        lowest = torch.finfo(p.dtype).min
+        means = [
+            side.clamp_(min=lowest).mul_(probability).sum(-1)
+            for side, probability in zip(centered, (p, q), strict=True)
+        ]
+        forms = entry_forms(p, q, d, spec)
+        assert forms.value is not None
+        unclipped = forms.value.sum(-1)
+        loss, count = unclipped, torch.zeros_like(unclipped)
+        if by_entry:
+            value, above = clip_value(forms, spec)
+            loss, count = value.sum(-1), above.sum(-1, dtype=value.dtype)
+        return [unclipped, loss, clip_slope(forms, spec).sum(-1), count, *means]
+
+    return EntrySums(*_per_token(logits, sums))
+
+
+def write_gradient(logits: Logits, statistics: Statistics, scale: Tensor, spec: Divergence, out: Tensor) -> None:
+    """Third sweep: scale (g - p G) into ``out`` [n, width], which may be the student's logits; 0 where scale [n] is."""
+    dead = scale == 0
+    any_dead = not dead.is_cpu or bool(dead.any())  # asking a GPU would wait for it
+    needs_value = spec.clip is not None and spec.clip_mode == "saturate"
+    for rows, columns, tile in _tiles(logits):
+        p, q, d, *_ = _probabilities(tile, statistics.normalizers, rows, spec.temperature)
+        slope = clip_slope(entry_forms(p, q, d, spec, with_value=needs_value), spec)
+        gradient = torch.addcmul(slope, p, statistics.slope_sum[rows, None], value=-1)
+        torch.mul(gradient, scale[rows, None], out=out[rows, columns])
+        if any_dead:
+            out[rows, columns].masked_fill_(dead[rows, None], 0)
+
+
+def _tiles(logits: Logits) -> Iterator[tuple[slice, slice, Logits]]:
+    """Rows, columns and logits of one tile after the other, in the dtype to compute in; all of a row come together."""
+    torch.empty(GLIBC_KEEPS_BYTES, dtype=torch.uint8, device="cpu")
+    n, width = logits.student.shape
+    parts = max(1, -(-width // ENTRIES_AT_ONCE))
+    step = max(1, ENTRIES_AT_ONCE // max(1, width))
+    for start in range(0, max(1, n), step):  # of no rows, one empty tile
+        rows = slice(start, start + step)
+        for part in range(parts):
+            columns = slice(width * part // parts, width * (part + 1) // parts)
+            yield rows, columns, Logits(*(side[rows, columns].to(logits.dtype) for side in logits))
+
+
+def _per_token(logits: Logits, function: Callable[[slice, Logits], list[Tensor]]) -> Tensor:
+    """Σ over the tiles of each row of what ``function`` returns for rows and tile, stacked to [values, n]."""
+    sums: dict[int, Tensor] = {}
+    for rows, _, tile in _tiles(logits):
+        values = torch.stack(function(rows, tile))
+        sums[rows.start] = sums[rows.start] + values if rows.start in sums else values
+    return torch.cat(list(sums.values()), dim=1)
+
+
+def _first_maximum(side: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's maximum and its first place. Only the block that holds it is searched: a search costs ten maxima."""
+    width = side.shape[1]
+    block = min(width, 1024)
+    whole = width - width % block
+    maxima = side[:, :whole].unflatten(1, (-1, block)).amax(-1)  # [n, blocks]
+    if whole < width:
+        maxima = torch.cat([maxima, side[:, whole:].amax(-1, keepdim=True)], dim=1)
+    maximum, holder = maxima.max(-1)
+    columns = (holder[:, None] * block + torch.arange(block, device=side.device)).clamp_(max=width - 1)
+    return maximum, columns.gather(1, side.gather(1, columns).argmax(-1, keepdim=True)).squeeze(1)
+
+
+def _exp(x: Tensor, temperature: float) -> Tensor:
+    return torch.exp(x) if temperature == 1 else (x / temperature).exp_()
+
+
+def _probabilities(tile: Logits, normalizers: Normalizers, rows: slice, temperature: float) -> tuple[Tensor, ...]:
+    """p, q, d = log q - log p, and both centered logits over temperature, of a tile.
+
+    d comes from the logits' difference, which is exact for close ones; it is 0 where both probabilities are.
+    """
+    maxima, sums = normalizers.maxima[:, rows, None], normalizers.sums[:, rows, None]
+    d = tile.teacher - tile.student
+    d.sub_(maxima[1] - maxima[0])
+    centered = [side - maxima[i] for i, side in enumerate(tile)]
+    if temperature != 1:
+        d.div_(temperature)
+        centered = [side.div_(temperature) for side in centered]
+    d.sub_(normalizers.log_ratio[rows, None]).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+    p, q = (torch.exp(side).div_(sums[i]) for i, side in enumerate(centered))
+    return p, q, d, *centered
