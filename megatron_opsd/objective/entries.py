@@ -16,7 +16,7 @@ infinite. Elementwise selection costs a CPU ten times an exponential, so the ran
 
 from functools import cache
 from math import factorial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,51 +32,88 @@ FARTHEST = 40.0
 
 
 class Forms(NamedTuple):
-    """The table's columns, and ∂shift/∂log p, so that ∂f/∂log p = slope - shift_slope. jsd has no shift."""
+    """The table's columns, and ∂shift/∂log p, so that ∂f/∂log p = slope - shift_slope. jsd has no shift.
 
-    raw: Tensor
+    For a gradient, those that its clip does not ask for may be None.
+    """
+
     slope: Tensor
+    raw: Tensor | None = None
     value: Tensor | None = None
     shift: Tensor | None = None
     shift_slope: Tensor | None = None
 
 
-def entry_forms(p: Tensor, q: Tensor, d: Tensor, spec: Divergence, *, with_value: bool = True) -> Forms:
+def entry_forms(p: Tensor, q: Tensor, d: Tensor, spec: Divergence, *, gradient_only: bool = False) -> Forms:
     """The forms of ``spec.kind`` for probabilities p, q and d = log q - log p, all of one shape and dtype.
 
-    d may be infinite but not NaN. ``with_value=False`` leaves out what only the loss needs: f⁺, reverse KL's shift.
+    d may be infinite but not NaN. ``gradient_only`` leaves out what ``clip_slope`` does not need.
     """
+    clip_mode = None if spec.clip is None else spec.clip_mode
+    needs_raw = not gradient_only or clip_mode in ("entry", "saturate")
+    needs_value = not gradient_only or clip_mode == "saturate"
     if spec.kind == "jsd":
-        return _jsd_forms(p, q, d, spec.beta, with_value)
+        slope, raw = _jsd_slope_and_raw(p, q, d, spec.beta, needs_raw)
+        if raw is None or not needs_value:
+            return Forms(slope, raw)
+        return Forms(slope, raw, _join(_series(d, jsd_coefficients(spec.beta, TERMS[d.dtype])).mul_(q), raw, d))
     forward = spec.kind == "forward_kl"
     weight, x = (q, d) if forward else (p, -d)
     raw = (weight * x).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)  # 0 · inf is 0
     shift_slope = p if forward else -p
-    if not (forward or with_value):
+    if not (forward or needs_value):
         return Forms(raw, raw, shift_slope=shift_slope)
     # the other probability - weight, to its own precision where they are close: (q - p)/(q + p) = tanh(d/2)
     shift = (p + q).mul_((x * -0.5).tanh_())
-    value = _join(_series(x, _kl_coefficients(TERMS[x.dtype])).mul_(weight), raw + shift, x) if with_value else None
-    return Forms(raw, shift if forward else raw, value, shift, shift_slope)
+    value = None
+    if needs_value:
+        value = _join(_series(x, kl_coefficients(TERMS[x.dtype])).mul_(weight), raw + shift, x)
+    return Forms(shift if forward else raw, raw, value, shift, shift_slope)
 
 
-def _jsd_forms(p: Tensor, q: Tensor, d: Tensor, beta: float, with_value: bool) -> Forms:
+def _jsd_slope_and_raw(p: Tensor, q: Tensor, d: Tensor, beta: float, needs_raw: bool) -> tuple[Tensor, Tensor | None]:
     # Of a and b the one that is smaller near d = 0 comes from a logarithm, the other is d away from it.
     share, near = (beta, d) if beta <= 0.5 else (1 - beta, -d)
     near = near.clamp(-FARTHEST, FARTHEST)
     odds = near.exp().add_(1).mul_((near * 0.5).tanh_())  # expm1, at half of torch's cost
     smaller = odds.mul_(share).log1p_().neg_()
-    larger = near.add_(smaller)
-    a, b = (larger, smaller) if beta <= 0.5 else (smaller, larger)
-    slope = b.mul_(p).mul_(1 - beta)
-    raw = torch.addcmul(slope, q, a, value=beta)
-    if not with_value:
-        return Forms(raw, slope)
-    return Forms(raw, slope, _join(_series(d, _jsd_coefficients(beta, TERMS[d.dtype])).mul_(q), raw, d))
+    if beta <= 0.5:
+        slope = (smaller * p).mul_(1 - beta)
+        return slope, torch.addcmul(slope, q, near.add_(smaller), value=beta) if needs_raw else None
+    slope = near.add_(smaller).mul_(p).mul_(1 - beta)
+    return slope, torch.addcmul(slope, q, smaller, value=beta) if needs_raw else None
+
+
+class Clipped(NamedTuple):
+    """The clipped f⁺, its ∂/∂log p, and 1 where the entry lies above the clip."""
+
+    value: Tensor
+    slope: Tensor
+    above: Tensor
+
+
+def clip_entries(forms: Forms, spec: Divergence) -> Clipped:
+    """An ``entry`` or ``saturate`` clip's effect; may write into ``forms``.
+
+    ``entry`` caps the raw form: min(f, c) + shift, whose sum is Σ min(f, c). ``saturate`` bends f⁺ to c log(1 + f⁺/c).
+    """
+    assert spec.clip is not None
+    assert forms.raw is not None
+    assert forms.value is not None
+    # A CPU is slow at counting and multiplying booleans.
+    measured = forms.value if spec.clip_mode == "saturate" else forms.raw
+    above = torch.gt(measured, spec.clip, out=torch.empty_like(measured))
+    if forms.shift is not None and spec.clip_mode == "entry":
+        value = torch.where(forms.raw > spec.clip, spec.clip + forms.shift, forms.value)
+        return Clipped(value, clip_slope(forms, spec), above)
+    slope = clip_slope(forms, spec)
+    if spec.clip_mode == "entry":
+        return Clipped(forms.value.clamp_(max=spec.clip), slope, above)
+    return Clipped(forms.value.div_(spec.clip).log1p_().mul_(spec.clip), slope, above)
 
 
 def clip_slope(forms: Forms, spec: Divergence) -> Tensor:
-    """∂loss/∂log p of the clipped entries. ``token`` clips and no clip leave it as it is.
+    """∂loss/∂log p of the clipped entries; may write into ``forms``. ``token`` clips and no clip leave it as it is.
 
     An entry capped by an ``entry`` clip keeps its shift's slope, for the other entries' shifts count on it to cancel.
     """
@@ -85,30 +122,10 @@ def clip_slope(forms: Forms, spec: Divergence) -> Tensor:
     if spec.clip_mode == "saturate":
         assert forms.value is not None
         return forms.slope * (spec.clip / (spec.clip + forms.value))
+    assert forms.raw is not None
     if forms.shift_slope is None:
-        return forms.slope * _indicator(forms.raw, torch.le, spec.clip)
+        return forms.slope.mul_(forms.raw.le_(spec.clip))
     return torch.where(forms.raw > spec.clip, forms.shift_slope, forms.slope)
-
-
-def clip_value(forms: Forms, spec: Divergence) -> tuple[Tensor, Tensor]:
-    """The clipped f⁺, and 1 where the entry lies above the clip; only for ``entry`` and ``saturate``.
-
-    ``entry`` caps the raw form: min(f, c) + shift, whose sum is Σ min(f, c). ``saturate`` bends f⁺ to c log(1 + f⁺/c).
-    """
-    clip, value = spec.clip, forms.value
-    assert clip is not None
-    assert value is not None
-    if spec.clip_mode == "saturate":
-        return (value / clip).log1p_().mul_(clip), _indicator(value, torch.gt, clip)
-    if forms.shift is None:
-        return value.clamp(max=clip), _indicator(forms.raw, torch.gt, clip)
-    above = forms.raw > clip
-    return torch.where(above, clip + forms.shift, value), above
-
-
-def _indicator(x: Tensor, compare: Any, bound: float) -> Tensor:
-    """1 where the comparison holds, else 0, in x's dtype: a CPU counts and multiplies booleans slowly."""
-    return compare(x, bound, out=torch.empty_like(x))
 
 
 def _series(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
@@ -121,13 +138,13 @@ def _series(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
 
 
 @cache
-def _kl_coefficients(terms: int) -> tuple[float, ...]:
+def kl_coefficients(terms: int) -> tuple[float, ...]:
     """Of x + expm1(-x) = x²/2! - x³/3! + ..."""
     return tuple((-1) ** k / factorial(k) for k in range(2, terms + 2))
 
 
 @cache
-def _jsd_coefficients(beta: float, terms: int) -> tuple[float, ...]:
+def jsd_coefficients(beta: float, terms: int) -> tuple[float, ...]:
     """Of f/q = -M log M - (1-β) d exp(-d) with M = m/q = β + (1-β) exp(-d), by powers of d from the second."""
     exp = [(-1) ** k / factorial(k) for k in range(terms + 2)]
     m = [1.0] + [(1 - beta) * e for e in exp[1:]]
@@ -138,6 +155,6 @@ def _jsd_coefficients(beta: float, terms: int) -> tuple[float, ...]:
 
 
 def _join(series: Tensor, formula: Tensor, d: Tensor) -> Tensor:
-    """The series near zero, the formula far from it. Each is finite where the other alone is wanted; writes in both."""
+    """The series near zero, the formula far from it. Each is finite where the other alone is wanted; writes into the series."""
     weight = d.abs().sub_(SERIES_BELOW).mul_(1 / SERIES_BELOW).clamp_(0, 1)
-    return torch.addcmul(series.addcmul_(series, weight, value=-1), formula, weight)
+    return series.addcmul_(series, weight, value=-1).addcmul_(formula, weight)

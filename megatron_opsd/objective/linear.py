@@ -115,25 +115,29 @@ class _Gradients:
     def __init__(self, hidden: Tensor, weight: Tensor, wanted: tuple[bool, bool]) -> None:
         wants_hidden, wants_weight = wanted
         self.parameter = weight
+        self.spent = False
         self.hidden = torch.empty_like(hidden) if wants_hidden else None
         precise = torch.promote_types(torch.float32, weight.dtype)
-        self.weight = torch.zeros_like(weight, dtype=precise) if wants_weight else None
+        self.weight = torch.empty_like(weight, dtype=precise) if wants_weight else None
 
     def add(self, start: int, logits_gradient: Tensor, hidden: Tensor, head: Tensor) -> None:
         """Take in the gradient of some tokens' logits, [rows, width], made of hidden [rows, h] and head [width, h]."""
         if self.hidden is not None:
             self.hidden[start : start + len(hidden)] = logits_gradient @ head
         if self.weight is not None:
-            real = self.weight[: len(head)]
-            if real.dtype == hidden.dtype:
-                real.addmm_(logits_gradient.t(), hidden)
-            else:
-                real += _matmul(logits_gradient.t(), hidden)
+            real, padding = self.weight[: len(head)], self.weight[len(head) :]
+            _matmul(logits_gradient.t(), hidden, add_to=real, keep=start > 0)
+            padding.zero_()
 
     def scaled(self, factor: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """What backward returns for hidden states and head."""
-        hidden = None if self.hidden is None else (self.hidden * factor).to(self.hidden.dtype)
-        return hidden, None if self.weight is None else self._deliver(self.weight, factor)
+        """What backward returns for hidden states and head. Afterwards the buffers are free for the next micro-batch."""
+        if self.spent:
+            raise RuntimeError("linear_divergence's backward ran already: its gradients are made once, in forward")
+        hidden, weight, self.hidden, self.weight, self.spent = self.hidden, self.weight, None, None, True
+        return (
+            None if hidden is None else hidden.mul_(factor),
+            None if weight is None else self._deliver(weight, factor),
+        )
 
     def _deliver(self, gradient: Tensor, factor: Tensor) -> Tensor:
         """Add the head's gradient to ``main_grad`` if Megatron's data parallel wrapper set its flag, else return it.
@@ -144,7 +148,7 @@ class _Gradients:
         """
         parameter: Any = self.parameter
         if not hasattr(parameter, "grad_added_to_main_grad"):
-            return (gradient * factor).to(parameter.dtype)
+            return gradient.mul_(factor).to(parameter.dtype)
         parameter.main_grad.addcmul_(gradient, factor.to(gradient.dtype))
         parameter.grad_added_to_main_grad = True
         return (
@@ -152,8 +156,16 @@ class _Gradients:
         )
 
 
-def _matmul(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right, in float32 where a low-precision product can come out so for free."""
-    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left @ right
+def _matmul(left: Tensor, right: Tensor, *, add_to: Tensor | None = None, keep: bool = True) -> Tensor:
+    """left @ right, in float32 where a low-precision product can come out so for free; added to or put in place of one.
+
+    The place has the precision that the product comes out in, or a higher one.
+    """
+    widens = left.is_cuda and left.dtype in (torch.bfloat16, torch.float16)
+    if add_to is None:
+        return torch.mm(left, right, out_dtype=torch.float32) if widens else left @ right
+    if widens:
+        return torch.addmm(add_to, left, right, out_dtype=torch.float32, beta=int(keep), out=add_to)
+    if add_to.dtype == left.dtype:
+        return add_to.addmm_(left, right, beta=int(keep))
+    return add_to.add_(left @ right) if keep else add_to.copy_(left @ right)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from megatron_opsd.objective.entries import clip_slope, clip_value, entry_forms
+from megatron_opsd.objective.entries import clip_entries, clip_slope, entry_forms
 from megatron_opsd.objective.spec import Divergence
 from megatron_opsd.objective.statistics import EntrySums, LocalSums, Logits, Normalizers, Statistics
 
@@ -32,7 +32,9 @@ def normalizer_sums(logits: Logits, temperatures: tuple[float, ...]) -> LocalSum
 
     def sums(rows: slice, tile: Logits) -> list[Tensor]:
         centered = [side - centers[i, rows, None] for i, side in enumerate(tile)]
-        *others, student, teacher = (_exp(side, t) for t in reversed(temperatures) for side in centered)
+        *others, student, teacher = (
+            torch.exp(side) if t == 1 else (side / t).exp_() for t in reversed(temperatures) for side in centered
+        )
         return [s.sum(-1) for s in (student, teacher, *others)] + [teacher.sub_(student).sum(-1)]
 
     *sums, difference = _per_token(logits, sums)
@@ -54,11 +56,9 @@ def entry_sums(logits: Logits, normalizers: Normalizers, spec: Divergence) -> En
         forms = entry_forms(p, q, d, spec)
         assert forms.value is not None
         unclipped = forms.value.sum(-1)
-        loss, count = unclipped, torch.zeros_like(unclipped)
-        if by_entry:
-            value, above = clip_value(forms, spec)
-            loss, count = value.sum(-1), above.sum(-1, dtype=value.dtype)
-        return [unclipped, loss, clip_slope(forms, spec).sum(-1), count, *means]
+        if not by_entry:
+            return [unclipped, unclipped, forms.slope.sum(-1), torch.zeros_like(unclipped), *means]
+        return [unclipped, *(part.sum(-1) for part in clip_entries(forms, spec)), *means]
 
     return EntrySums(*_per_token(logits, sums))
 
@@ -67,10 +67,9 @@ def write_gradient(logits: Logits, statistics: Statistics, scale: Tensor, spec: 
     """Third sweep: scale (g - p G) into ``out`` [n, width], which may be the student's logits; 0 where scale [n] is."""
     dead = scale == 0
     any_dead = not dead.is_cpu or bool(dead.any())  # asking a GPU would wait for it
-    needs_value = spec.clip is not None and spec.clip_mode == "saturate"
     for rows, columns, tile in _tiles(logits):
         p, q, d, *_ = _probabilities(tile, statistics.normalizers, rows, spec.temperature)
-        slope = clip_slope(entry_forms(p, q, d, spec, with_value=needs_value), spec)
+        slope = clip_slope(entry_forms(p, q, d, spec, gradient_only=True), spec)
         gradient = torch.addcmul(slope, p, statistics.slope_sum[rows, None], value=-1)
         torch.mul(gradient, scale[rows, None], out=out[rows, columns])
         if any_dead:
@@ -110,10 +109,6 @@ def _first_maximum(side: Tensor) -> tuple[Tensor, Tensor]:
     maximum, holder = maxima.max(-1)
     columns = (holder[:, None] * block + torch.arange(block, device=side.device)).clamp_(max=width - 1)
     return maximum, columns.gather(1, side.gather(1, columns).argmax(-1, keepdim=True)).squeeze(1)
-
-
-def _exp(x: Tensor, temperature: float) -> Tensor:
-    return torch.exp(x) if temperature == 1 else (x / temperature).exp_()
 
 
 def _probabilities(tile: Logits, normalizers: Normalizers, rows: slice, temperature: float) -> tuple[Tensor, ...]:

@@ -77,6 +77,14 @@ def test_head_gradient_is_summed_in_float32() -> None:
     assert (at_once - one_by_one).float().norm() < 4e-3 * at_once.float().norm()
 
 
+def test_a_second_backward_is_refused() -> None:
+    tensors = inputs()
+    loss, _ = diverge(tensors, Divergence())
+    torch.autograd.grad(loss, tensors[:2], retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward ran already"):
+        torch.autograd.grad(loss, tensors[:2])
+
+
 @each_spec
 def test_identical_models_are_exactly_zero_apart(spec: Divergence) -> None:
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
