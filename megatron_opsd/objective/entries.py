@@ -155,6 +155,6 @@ def jsd_coefficients(beta: float, terms: int) -> tuple[float, ...]:
 
 
 def _join(series: Tensor, formula: Tensor, d: Tensor) -> Tensor:
-    """The series near zero, the formula far from it. Each is finite where the other alone is wanted; writes into the series."""
+    """The series near zero, the formula far from it. Each is finite where the other counts alone; takes the series."""
     weight = d.abs().sub_(SERIES_BELOW).mul_(1 / SERIES_BELOW).clamp_(0, 1)
     return series.addcmul_(series, weight, value=-1).addcmul_(formula, weight)

@@ -130,7 +130,7 @@ class _Gradients:
             padding.zero_()
 
     def scaled(self, factor: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """What backward returns for hidden states and head. Afterwards the buffers are free for the next micro-batch."""
+        """What backward returns for hidden states and head. Their memory is then free for the next micro-batch's."""
         if self.spent:
             raise RuntimeError("linear_divergence's backward ran already: its gradients are made once, in forward")
         hidden, weight, self.hidden, self.weight, self.spent = self.hidden, self.weight, None, None, True

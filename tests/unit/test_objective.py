@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_opsd.objective import Divergence, vocab_parallel_divergence
-from megatron_opsd.objective import torch_sweeps
+from megatron_opsd.objective import Divergence, torch_sweeps, vocab_parallel_divergence
 from megatron_opsd.objective.entries import SERIES_BELOW, entry_forms
 from tests.unit.test_objective_reference import KINDS, SPECS, name_of, reference, reference_logprobs
 
