@@ -61,6 +61,8 @@ class ParallelConfig(Section):
     """Ranks that share each weight matrix."""
     pipeline_model_parallel_size: Positive = 1
     """Ranks that share the layers. What remains of the world size is data parallel."""
+    expert_model_parallel_size: Positive = 1
+    """Ranks that share each layer's experts, in models that have them: tensor- and data-parallel ranks side by side."""
     sequence_parallel: bool = False
     """Also split the norms' activations over the tensor-parallel ranks."""
     timeout_minutes: Positive = 30
@@ -307,7 +309,9 @@ def _set(raw: dict[str, Any], name: str, text: str, path: str) -> None:
     try:
         raw[key] = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        raw[key] = None if text.lower() == "none" else text  # an unquoted string
+        field = fields().get(name)
+        is_none = text.lower() == "none" and field is not None and field.default is None
+        raw[key] = None if is_none else text  # an unquoted string
 
 
 def _explain(error: ValidationError, path: str, overrides: dict[str, str]) -> str:

@@ -60,6 +60,7 @@ def install() -> None:
     torch.nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
     _CudaMeansCpu().__enter__()
     _repair_rng()
+    _repair_moe_dispatcher()
 
 
 def _repair_rng() -> None:
@@ -67,3 +68,16 @@ def _repair_rng() -> None:
 
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+
+
+def _repair_moe_dispatcher() -> None:
+    """Give torch the sizes of an all-to-all as lists, which Megatron makes only of tensors that come from a GPU."""
+    from megatron.core.transformer.moe import token_dispatcher
+
+    def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.tolist() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = move
+    # Else it takes what torch.cuda.Stream is by then, and vLLM has put its own stand-in there, which records no events.
+    dispatcher: Any = token_dispatcher.MoEAlltoAllTokenDispatcher
+    dispatcher.cuda_dtoh_stream = _Stream()

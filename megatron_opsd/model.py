@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from megatron_opsd import parallel
 from megatron_opsd.config import ModelConfig, ParallelConfig
-from megatron_opsd.conversion.architecture import Architecture
+from megatron_opsd.conversion.architecture import Architecture, MixtureOfExperts
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -122,7 +123,8 @@ def transformer_config(arch: Architecture, model: ModelConfig, layout: ParallelC
         kv_channels=arch.kv_channels,
         layernorm_epsilon=arch.layernorm_epsilon,
         normalization="RMSNorm",
-        qk_layernorm=True,
+        qk_layernorm=arch.has("self_attention.q_layernorm.weight"),
+        add_qkv_bias=arch.has("self_attention.linear_qkv.bias"),
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
@@ -145,17 +147,48 @@ def transformer_config(arch: Architecture, model: ModelConfig, layout: ParallelC
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         calculate_per_token_loss=True,  # Megatron divides once, by the global count
+        **(_moe_settings(arch.moe, layout) if arch.moe else {}),
     )
 
 
+def _moe_settings(moe: MixtureOfExperts, layout: ParallelConfig) -> dict[str, Any]:
+    """The part of Megatron's configuration that makes every MLP a mixture of experts, routed as `transformers` does."""
+    return {
+        "num_moe_experts": moe.num_moe_experts,
+        "moe_ffn_hidden_size": moe.moe_ffn_hidden_size,
+        "moe_router_topk": moe.moe_router_topk,
+        # The softmax of the chosen logits alone is the softmax of all, made to sum to 1 over the chosen.
+        "moe_router_pre_softmax": not moe.norm_topk_prob,
+        "moe_router_dtype": "fp32",
+        # The student learns from the divergence alone: an auxiliary loss would also be scaled by the token count.
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": use_transformer_engine(),
+        "expert_model_parallel_size": layout.expert_model_parallel_size,
+        "expert_tensor_parallel_size": 1,
+    }
+
+
 def _layer_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
+    """Transformer Engine's layers, or Megatron's local ones with the parts above.
+
+    Experts: TEGroupedMLP (one grouped product over a rank's experts) with Transformer Engine, SequentialMLP (one MLP
+    after the other) without. Both hold a parameter for each expert and write the same checkpoints. Megatron's third,
+    GroupedMLP, does neither, computes in bfloat16 only and needs the grouped_gemm package.
+    """
+    experts, qk_layernorm = config.num_moe_experts, config.qk_layernorm
     if use_transformer_engine():
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
-    layer = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=experts, moe_grouped_gemm=experts is not None, qk_layernorm=qk_layernorm
+        )
+    moe_utils.te_general_gemm = None  # Megatron leaves the name undefined without Transformer Engine, and reads it
+    layer = get_gpt_layer_local_spec(num_experts=experts, qk_layernorm=qk_layernorm, normalization="RMSNorm")
     parts: Any = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     attention = parts.self_attention.submodules
-    attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
     attention.core_attention = SDPACoreAttention
     layers = [layer] * get_num_layers_to_build(config)
     return TransformerBlockSubmodules(layers, layer_norm=RMSNorm)  # pyright: ignore[reportArgumentType]
@@ -167,7 +200,7 @@ def build_model(
     """This rank's stage and shards, on its device, weights not yet loaded."""
     config = transformer_config(arch, model, layout)
     stage, stages = pg_collection.pp.rank(), pg_collection.pp.size()
-    return HiddenStateGPT(
+    gpt = HiddenStateGPT(
         config,
         _layer_spec(config),  # pyright: ignore[reportArgumentType]
         vocab_size=arch.padded_vocab_size(layout.tensor_model_parallel_size),
@@ -179,6 +212,12 @@ def build_model(
         rotary_base=arch.rotary_base,  # pyright: ignore[reportArgumentType]
         pg_collection=pg_collection,
     )
+    for name, parameter in gpt.named_parameters():
+        if ".experts." in name:
+            # Reduce gradients over the ranks that hold the same experts. Megatron says so itself only where they are
+            # split over ranks; where they are not, tensor-parallel ranks, each with its own tokens, hold copies too.
+            parameter.allreduce = False  # type: ignore[attr-defined]
+    return gpt
 
 
 def positions(tokens: Tensor) -> Tensor:

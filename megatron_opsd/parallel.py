@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megatron_opsd import cpu
 from megatron_opsd.config import ParallelConfig
+from megatron_opsd.conversion.mapping import Shard
 from megatron_opsd.errors import UserError
 
 if not torch.cuda.is_available():
@@ -40,6 +41,14 @@ class Layout:
     @property
     def dp_group(self) -> dist.ProcessGroup:
         return self.pg_collection.dp
+
+    @property
+    def ep_group(self) -> dist.ProcessGroup:
+        return self.pg_collection.ep
+
+    @property
+    def shard(self) -> Shard:
+        return Shard(self.tp_group.rank(), self.tp_group.size(), self.ep_group.rank(), self.ep_group.size())
 
     @property
     def is_last_stage(self) -> bool:
@@ -73,6 +82,8 @@ def initialize(config: ParallelConfig, seed: int) -> Layout:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        expert_model_parallel_size=config.expert_model_parallel_size,
+        expert_tensor_parallel_size=1,  # experts are small: more of them on a rank before a part of one
         distributed_timeout_minutes=config.timeout_minutes,
     )
     seed_everything(seed)

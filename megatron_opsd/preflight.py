@@ -58,7 +58,8 @@ def check_parallel(config: Config, arch: Architecture, world_size: int | None) -
     field = "parallel.tensor_model_parallel_size"
     _check_divides(field, tp, "the model's num_attention_heads", arch.num_attention_heads)
     _check_divides(field, tp, "the model's num_key_value_heads", arch.num_query_groups)
-    _check_divides(field, tp, "the model's intermediate_size", arch.ffn_hidden_size)
+    if arch.moe is None:
+        _check_divides(field, tp, "the model's intermediate_size", arch.ffn_hidden_size)
     if pp > arch.num_layers:
         raise UserError(f"parallel.pipeline_model_parallel_size = {pp} exceeds the model's {arch.num_layers} layers")
     if config.parallel.sequence_parallel and tp == 1:
@@ -68,12 +69,34 @@ def check_parallel(config: Config, arch: Architecture, world_size: int | None) -
             f"parallel: tensor {tp} x pipeline {pp} = {tp * pp} ranks does not divide the world size {world_size}; "
             "change the sizes or torchrun's --nproc-per-node"
         )
+    check_expert_parallel(config, arch, world_size)
+
+
+def check_expert_parallel(config: Config, arch: Architecture, world_size: int | None) -> None:
+    """The experts' layout against the model and the world size."""
+    layout, field = config.parallel, "parallel.expert_model_parallel_size"
+    ep = layout.expert_model_parallel_size
+    if arch.moe is None:
+        if ep > 1:
+            raise UserError(f"{field} = {ep}: {config.model.path} has no experts; set it to 1")
+        return
+    _check_divides(field, ep, "the model's num_experts", arch.moe.num_moe_experts)
+    if world_size is not None:
+        stage = world_size // layout.pipeline_model_parallel_size
+        _check_divides(field, ep, "the ranks of a pipeline stage", stage)
+    if layout.tensor_model_parallel_size > 1 and not layout.sequence_parallel:
+        raise UserError(
+            "parallel.sequence_parallel = false: a model with experts needs it where "
+            f"parallel.tensor_model_parallel_size = {layout.tensor_model_parallel_size} > 1; set it to true"
+        )
 
 
 def check_rollout_parallel(config: Config, arch: Architecture, world_size: int | None) -> None:
     """vLLM's layout against the model and the world size."""
     tp, field = config.rollout.tensor_model_parallel_size, "rollout.tensor_model_parallel_size"
     _check_divides(field, tp, "the model's num_attention_heads", arch.num_attention_heads)
+    if arch.moe is not None:
+        _check_divides(field, tp, "the model's moe_intermediate_size", arch.moe.moe_ffn_hidden_size)
     if world_size is not None:
         _check_divides(field, tp, "the world size", world_size)
 

@@ -123,12 +123,13 @@ class Trainer:
 
     def _load_model(self, reader: HFReader) -> HiddenStateGPT:
         model = build_model(self.table.arch, self.config.model, self.config.parallel, self.layout.pg_collection)
-        load_hf(model, reader, self.table, self.layout.tp_group.rank(), self.layout.tp_group.size())
+        load_hf(model, reader, self.table, self.layout.shard)
         return model
 
     def _exporter(self, model: HiddenStateGPT) -> Exporter:
         bucket_bytes = int(self.config.rollout.refit_bucket_mib * 2**20)
-        return Exporter(model, self.table, self.layout.tp_group, self.layout.pp_group, bucket_bytes)
+        layout = self.layout
+        return Exporter(model, self.table, layout.tp_group, layout.pp_group, layout.ep_group, bucket_bytes)
 
     def _resume(self, path: Path) -> None:
         progress = checkpoint.load(path, self.student.model, self.optimizer, self.teacher_identity)

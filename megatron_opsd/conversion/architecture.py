@@ -5,13 +5,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_opsd.conversion.tables import FAMILIES
 from megatron_opsd.errors import UserError
+
+# Features that no family's table and no model here has; other values than these are refused.
+_SUPPORTED = {
+    "attention_bias": False,
+    "use_sliding_window": False,
+    "hidden_act": "silu",
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+
+
+@dataclass(frozen=True)
+class MixtureOfExperts:
+    """What replaces the MLP of every layer."""
+
+    num_moe_experts: int
+    moe_ffn_hidden_size: int
+    moe_router_topk: int
+    norm_topk_prob: bool
+    """The weights of a token's experts are made to sum to 1."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A dense Qwen3 decoder."""
+    """A decoder of one of the families in tables.py."""
 
+    family: str
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
@@ -23,11 +45,38 @@ class Architecture:
     rotary_base: float
     layernorm_epsilon: float
     share_embeddings_and_output_weights: bool
+    moe: MixtureOfExperts | None
+
+    def has(self, megatron_name: str) -> bool:
+        """Whether the family's table has a parameter whose name ends so."""
+        return any(row.megatron.endswith(megatron_name) for row in FAMILIES[self.family])
 
     def padded_vocab_size(self, tp_size: int) -> int:
         """The vocabulary rounded up so that every tensor-parallel rank holds a multiple of 128 rows."""
         multiple = 128 * tp_size
         return -(-self.vocab_size // multiple) * multiple
+
+
+class _ConfigFile:
+    """A config.json whose fields are asked for one by one."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.file = Path(path) / "config.json"
+        if not Path(path).is_dir():
+            raise UserError(f"{path}: no such directory; model.path must be a local Hugging Face checkpoint")
+        if not self.file.is_file():
+            raise UserError(f"{self.file}: not found; model.path must be a Hugging Face checkpoint with a config.json")
+        self.raw = json.loads(self.file.read_text())
+
+    def __getitem__(self, name: str) -> Any:
+        if self.raw.get(name) is None:
+            raise UserError(f"{self.file}: the field {name} is missing")
+        return self.raw[name]
+
+    def refuse(self, name: str, supported: str) -> UserError:
+        return UserError(
+            f"{self.file}: {name} = {self.raw[name]!r} is not supported (supported: {supported}); choose another model"
+        )
 
 
 def read_architecture(path: str | Path) -> Architecture:
@@ -36,38 +85,43 @@ def read_architecture(path: str | Path) -> Architecture:
     Raises:
         UserError: no such file, a field missing, or a feature of the architecture that is not supported.
     """
-    file = Path(path) / "config.json"
-    if not Path(path).is_dir():
-        raise UserError(f"{path}: no such directory; model.path must be a local Hugging Face checkpoint")
-    if not file.is_file():
-        raise UserError(f"{file}: not found; model.path must be a Hugging Face checkpoint with a config.json")
-    raw = json.loads(file.read_text())
-
-    def get(name: str) -> Any:
-        if raw.get(name) is None:
-            raise UserError(f"{file}: the field {name} is missing")
-        return raw[name]
-
-    if get("model_type") != "qwen3":
-        raise UserError(f"{file}: model_type is {raw['model_type']!r}; supported: 'qwen3'")
-    unsupported = {"attention_bias": False, "use_sliding_window": False, "hidden_act": "silu"}
-    for name, supported in unsupported.items():
-        if raw.get(name, supported) != supported:
-            raise UserError(f"{file}: {name} = {raw[name]!r} is not supported; supported: {supported!r}")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    config = _ConfigFile(path)
+    if config["model_type"] not in FAMILIES:
+        raise config.refuse("model_type", ", ".join(map(repr, FAMILIES)))
+    for name, supported in _SUPPORTED.items():
+        if (config.raw.get(name) or supported) != supported:
+            raise config.refuse(name, repr(supported))
+    rope = config.raw.get("rope_parameters") or config.raw.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
-        raise UserError(f"{file}: rope type {kind!r} is not supported; supported: 'default'")
+        raise UserError(f"{config.file}: rope type {kind!r} is not supported; supported: 'default'")
+    heads, family = config["num_attention_heads"], config["model_type"]
     return Architecture(
-        num_layers=get("num_hidden_layers"),
-        hidden_size=get("hidden_size"),
-        ffn_hidden_size=get("intermediate_size"),
-        num_attention_heads=get("num_attention_heads"),
-        num_query_groups=get("num_key_value_heads"),
-        kv_channels=get("head_dim"),
-        vocab_size=get("vocab_size"),
-        max_position_embeddings=get("max_position_embeddings"),
-        rotary_base=rope.get("rope_theta") or get("rope_theta"),
-        layernorm_epsilon=get("rms_norm_eps"),
-        share_embeddings_and_output_weights=raw.get("tie_word_embeddings", False),
+        family=family,
+        num_layers=config["num_hidden_layers"],
+        hidden_size=config["hidden_size"],
+        ffn_hidden_size=config["intermediate_size"],
+        num_attention_heads=heads,
+        num_query_groups=config["num_key_value_heads"],
+        # Qwen2's heads share the hidden size, and its files do not say so.
+        kv_channels=config["hidden_size"] // heads if family == "qwen2" else config["head_dim"],
+        vocab_size=config["vocab_size"],
+        max_position_embeddings=config["max_position_embeddings"],
+        rotary_base=rope.get("rope_theta") or config["rope_theta"],
+        layernorm_epsilon=config["rms_norm_eps"],
+        share_embeddings_and_output_weights=config.raw.get("tie_word_embeddings", False),
+        moe=_read_moe(config) if family == "qwen3_moe" else None,
     )
+
+
+def _read_moe(config: _ConfigFile) -> MixtureOfExperts:
+    moe = MixtureOfExperts(
+        # What the published files call num_experts, transformers 5 writes as num_local_experts.
+        num_moe_experts=config.raw.get("num_local_experts") or config["num_experts"],
+        moe_ffn_hidden_size=config["moe_intermediate_size"],
+        moe_router_topk=config["num_experts_per_tok"],
+        norm_topk_prob=config.raw.get("norm_topk_prob", False),
+    )
+    if moe.norm_topk_prob and moe.moe_router_topk == 1:  # the one weight would always be 1, and the router never learn
+        raise config.refuse("num_experts_per_tok", "2 or more where norm_topk_prob is true")
+    return moe

@@ -16,20 +16,27 @@ class _Entry:
     """A parameter as every rank of the pipeline knows it."""
 
     stage: int
-    name: str
-    shape: Shape  # of one tensor-parallel shard
+    name: str  # experts numbered as on their rank
+    is_expert: bool
+    shape: Shape  # of one rank's shard
     dtype: torch.dtype
 
     @property
     def numel(self) -> int:
         return torch.Size(self.shape).numel()
 
+    @property
+    def kind(self) -> tuple[int, bool, torch.dtype]:
+        """Parameters of one kind can travel together."""
+        return self.stage, self.is_expert, self.dtype
+
 
 class Exporter:
     """Streams a model's weights under their Hugging Face names, bucket by bucket, to all ranks at once.
 
-    Every rank of the tensor- and pipeline-parallel groups must iterate: a bucket is one all-gather on the stage that
-    owns it and one broadcast along the pipeline. Buckets are never re-used, so a consumer may keep what it is given.
+    Every rank must iterate: a bucket is one all-gather on the stage that owns it, over the tensor-parallel ranks or,
+    for experts, over the expert-parallel ones, and one broadcast along the pipeline. Buckets are never re-used, so a
+    consumer may keep what it is given.
     """
 
     def __init__(
@@ -38,13 +45,14 @@ class Exporter:
         table: NameTable,
         tp_group: dist.ProcessGroup,
         pp_group: dist.ProcessGroup,
+        ep_group: dist.ProcessGroup,
         bucket_bytes: int = 512 * 2**20,
     ) -> None:
-        self.table, self.tp_group, self.pp_group = table, tp_group, pp_group
+        self.table, self.tp_group, self.pp_group, self.ep_group = table, tp_group, pp_group, ep_group
         self._parameters = dict(global_parameters(model))
         self._device = next(iter(self._parameters.values())).device
         own = [
-            _Entry(pp_group.rank(), name, tuple(parameter.shape), parameter.dtype)
+            _Entry(pp_group.rank(), name, table.rule(name).is_expert, tuple(parameter.shape), parameter.dtype)
             for name, parameter in self._parameters.items()
             if not self._is_tied_copy(name)
         ]
@@ -56,14 +64,25 @@ class Exporter:
     def _is_tied_copy(self, name: str) -> bool:
         return name == "output_layer.weight" and self.table.arch.share_embeddings_and_output_weights
 
+    def _shard_group(self, entry: _Entry) -> dist.ProcessGroup:
+        """The ranks that hold different shards under the entry's name."""
+        return self.ep_group if entry.is_expert else self.tp_group
+
+    def _rules(self, entry: _Entry) -> list[Rule]:
+        """The entry's rule; of experts the rule on each expert-parallel rank."""
+        if not entry.is_expert:
+            return [self.table.rule(entry.name)]
+        ranks = self.ep_group.size()
+        return [self.table.rule(entry.name, rank * self.table.experts_per_rank(ranks)) for rank in range(ranks)]
+
     def _fill_buckets(self, bucket_bytes: int) -> list[list[_Entry]]:
         buckets: list[list[_Entry]] = []
         size = 0
+        # In the model's order, so that a consumer has a layer complete before the next: experts change the kind twice a
+        # layer, and the buckets are then parts of layers.
         for entry in self._entries:
-            entry_bytes = entry.numel * entry.dtype.itemsize * self.tp_group.size()
-            last = buckets[-1][-1] if buckets else None
-            alike = last is not None and (last.stage, last.dtype) == (entry.stage, entry.dtype)
-            if not alike or size + entry_bytes > bucket_bytes:
+            entry_bytes = entry.numel * entry.dtype.itemsize * self._shard_group(entry).size()
+            if not buckets or buckets[-1][-1].kind != entry.kind or size + entry_bytes > bucket_bytes:
                 buckets.append([])
                 size = 0
             buckets[-1].append(entry)
@@ -73,27 +92,32 @@ class Exporter:
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (Hugging Face name, whole tensor) on every rank; the order is the same on all."""
         for bucket in self._buckets:
-            shards = self._transport(bucket)  # [tp, numel]
+            shards = self._transport(bucket)  # [tp or ep, numel]
             offset = 0
             for entry in bucket:
-                ranks = shards[:, offset : offset + entry.numel].unflatten(1, entry.shape)
-                yield from self._assemble(self.table.rule(entry.name), ranks)
+                yield from self._assemble(entry, shards[:, offset : offset + entry.numel].unflatten(1, entry.shape))
                 offset += entry.numel
 
     @torch.no_grad()
     def _transport(self, bucket: list[_Entry]) -> Tensor:
+        stage, group = bucket[0].stage, self._shard_group(bucket[0])
         numel = sum(entry.numel for entry in bucket)
-        shards = torch.empty(self.tp_group.size(), numel, dtype=bucket[0].dtype, device=self._device)
-        stage = bucket[0].stage
+        shards = torch.empty(group.size(), numel, dtype=bucket[0].dtype, device=self._device)
         if stage == self.pp_group.rank():
             flat = torch.cat([self._parameters[entry.name].reshape(-1) for entry in bucket])
-            dist.all_gather_into_tensor(shards.view(-1), flat, group=self.tp_group)
+            dist.all_gather_into_tensor(shards.view(-1), flat, group=group)
         if self.pp_group.size() > 1:
             dist.broadcast(shards, src=dist.get_global_rank(self.pp_group, stage), group=self.pp_group)
         return shards
 
-    def _assemble(self, rule: Rule, ranks: Tensor) -> Iterator[tuple[str, Tensor]]:
-        parts = [rule.split(shard) for shard in ranks]  # [tp][hf tensor]
+    def _assemble(self, entry: _Entry, shards: Tensor) -> Iterator[tuple[str, Tensor]]:
+        rules = self._rules(entry)
+        if entry.is_expert:
+            for rule, shard in zip(rules, shards, strict=True):  # each rank's shard is an expert of its own
+                yield from zip(rule.hf, rule.split(shard), strict=True)
+            return
+        (rule,) = rules
+        parts = [rule.split(shard) for shard in shards]  # [tp][hf tensor]
         for i, (name, shape) in enumerate(rule.hf.items()):
             if rule.dim is None:
                 yield name, parts[0][i]
@@ -104,21 +128,25 @@ class Exporter:
     @torch.no_grad()
     def checksums(self) -> dict[str, int]:
         """Checksum of every Hugging Face tensor, computed on the shards before any transport; equal on all ranks."""
-        names = [name for entry in self._entries for name in self.table.rule(entry.name).hf]
+        names = [name for entry in self._entries for rule in self._rules(entry) for name in rule.hf]
         position = {name: i for i, name in enumerate(names)}
-        sums = torch.zeros(len(names), dtype=torch.int64, device=self._device)
+        sums = torch.zeros(2, len(names), dtype=torch.int64, device=self._device)  # of dense tensors, of experts
+        tp_rank, ep_rank = self.tp_group.rank(), self.ep_group.rank()
         for entry in self._entries:
-            rule = self.table.rule(entry.name)
-            if entry.stage != self.pp_group.rank() or (rule.dim is None and self.tp_group.rank() > 0):
+            rule = self._rules(entry)[ep_rank if entry.is_expert else 0]
+            replicated = rule.dim is None and not entry.is_expert
+            if entry.stage != self.pp_group.rank() or (replicated and tp_rank > 0):
                 continue
             for (name, shape), part in zip(rule.hf.items(), rule.split(self._parameters[entry.name]), strict=True):
-                offset = 0 if rule.dim is None else self.tp_group.rank() * part.shape[rule.dim]
+                offset = 0 if rule.dim is None else tp_rank * part.shape[rule.dim]
                 if rule.is_vocab:
                     part = part[: max(0, shape[0] - offset)]
-                sums[position[name]] = checksum(part, rule.dim, offset)
-        for group in (self.tp_group, self.pp_group):
-            dist.all_reduce(sums, group=group)
-        return dict(zip(names, sums.tolist(), strict=True))
+                sums[int(entry.is_expert), position[name]] = checksum(part, rule.dim, offset)
+        dist.all_reduce(sums[0], group=self.tp_group)
+        dist.all_reduce(sums[1], group=self.ep_group)
+        total = sums.sum(0)
+        dist.all_reduce(total, group=self.pp_group)
+        return dict(zip(names, total.tolist(), strict=True))
 
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor, nn
 
 from megatron_opsd.conversion.hf_files import HFReader
-from megatron_opsd.conversion.mapping import NameTable, Rule
+from megatron_opsd.conversion.mapping import NameTable, Rule, Shard
 
 
 def global_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The parameters of one pipeline stage, layers numbered as in the whole model."""
+    """The parameters of one pipeline stage, layers numbered as in the whole model, experts as on their rank."""
     offsets = {
         f"decoder.layers.{i}.": f"decoder.layers.{layer.layer_number - 1}."
         for i, layer in enumerate(model.get_submodule("decoder.layers"))  # type: ignore[arg-type]
@@ -22,22 +22,22 @@ def global_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 @torch.no_grad()
-def load_hf(model: nn.Module, reader: HFReader, table: NameTable, tp_rank: int, tp_size: int) -> None:
-    """Fill ``model`` (one rank's stage and shards) from a Hugging Face directory."""
+def load_hf(model: nn.Module, reader: HFReader, table: NameTable, shard: Shard) -> None:
+    """Fill ``model`` (one rank's stage and shard) from a Hugging Face directory."""
+    first_expert = shard.ep_rank * table.experts_per_rank(shard.ep_size)
     for name, parameter in global_parameters(model):
-        rule = table.rule(name)
-        parts = [_read_slice(reader, rule, hf_name, tp_rank, tp_size, parameter) for hf_name in rule.hf]
-        weight = rule.fuse(parts)
+        rule = table.rule(name, first_expert)
+        weight = rule.fuse([_read_slice(reader, rule, hf_name, shard, parameter) for hf_name in rule.hf])
         assert weight.shape == parameter.shape, (name, weight.shape, parameter.shape)
         parameter.copy_(weight)
 
 
-def _read_slice(reader: HFReader, rule: Rule, hf_name: str, tp_rank: int, tp_size: int, target: Tensor) -> Tensor:
+def _read_slice(reader: HFReader, rule: Rule, hf_name: str, shard: Shard, target: Tensor) -> Tensor:
     if rule.dim is None:
         return reader.read(hf_name)
     whole = rule.hf[hf_name][rule.dim]
-    size = target.shape[0] if rule.is_vocab else whole // tp_size
-    start, stop = min(tp_rank * size, whole), min((tp_rank + 1) * size, whole)
+    size = target.shape[0] if rule.is_vocab else whole // shard.tp_size
+    start, stop = min(shard.tp_rank * size, whole), min((shard.tp_rank + 1) * size, whole)
     rows = reader.read(hf_name, rule.dim, start, stop)
     if rule.is_vocab and stop - start < size:  # the padding at the vocabulary's end
         rows = torch.cat([rows, rows.new_zeros(size - (stop - start), rows.shape[1])])

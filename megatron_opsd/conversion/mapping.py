@@ -1,84 +1,63 @@
-"""Which Hugging Face tensors each Megatron parameter holds, and how. One table per model family.
+"""How a Megatron parameter is made of Hugging Face tensors, for one architecture and any rank's shard.
 
-A rule works on one tensor-parallel rank's shards: ``fuse`` makes the Megatron shard from that rank's slices of the
-Hugging Face tensors, ``split`` undoes it. A slice is the rank's even part along ``dim``, so the whole Hugging Face
-tensor is the concatenation of all ranks' slices, and the same table serves import, export and every layout.
+A rule works on one rank's shards: ``fuse`` makes the Megatron shard from that rank's slices of the Hugging Face
+tensors, ``split`` undoes it. A slice is the rank's even part along ``dim``, so the whole Hugging Face tensor is the
+concatenation of all tensor-parallel ranks' slices, and the same table serves import, export and every layout.
 """
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron_opsd.conversion.architecture import Architecture
+from megatron_opsd.conversion.tables import FAMILIES, Row
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Rule:
-    """One row of a family's table.
+class Shard:
+    """Which shard of the model a rank holds; its pipeline stage shows in its parameters' names."""
 
-    megatron: parameter name; ``{layer}`` stands for the layer's number in the whole model.
-    hf: names (with the same ``{layer}``) and whole shapes of the tensors it is made of, in order.
+    tp_rank: int = 0
+    tp_size: int = 1
+    ep_rank: int = 0
+    ep_size: int = 1
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A row of a family's table for one parameter: names filled in, shapes in numbers.
+
     dim: dimension that tensor parallelism splits; None where every rank holds the whole.
+    group_rows: rows of each tensor in one query group; None where the (equally large) tensors follow one another.
     is_vocab: the rows are vocabulary entries, padded at the end with zeros.
+    is_expert: expert-parallel ranks hold other experts under the same Megatron name.
     """
 
     megatron: str
     hf: dict[str, Shape]
     dim: int | None
-    fuse: Callable[[Sequence[Tensor]], Tensor]
-    split: Callable[[Tensor], list[Tensor]]
-    is_vocab: bool = False
+    group_rows: tuple[int, ...] | None
+    is_vocab: bool
+    is_expert: bool
 
+    def fuse(self, parts: Sequence[Tensor]) -> Tensor:
+        """The rank's Megatron shard of the rank's slices of the Hugging Face tensors."""
+        if len(parts) == 1:
+            return parts[0]
+        rows = self.group_rows or [len(part) for part in parts]
+        groups = [part.unflatten(0, (-1, n)) for part, n in zip(parts, rows, strict=True)]  # [groups, n, ...]
+        return torch.cat(groups, dim=1).flatten(0, 1)
 
-def qwen3_rules(arch: Architecture) -> list[Rule]:
-    """The table of dense Qwen3, for Megatron's local layers and for Transformer Engine's (norms fused into linears)."""
-    h, f, d = arch.hidden_size, arch.ffn_hidden_size, arch.kv_channels
-    q, kv = arch.num_attention_heads * d, arch.num_query_groups * d
-    layer, hf = "decoder.layers.{layer}.", "model.layers.{layer}."
-    embedding = _single("embedding.word_embeddings.weight", "model.embed_tokens.weight", (arch.vocab_size, h), 0)
-    head = _single("output_layer.weight", "lm_head.weight", (arch.vocab_size, h), 0)
-    if arch.share_embeddings_and_output_weights:
-        head = replace(embedding, megatron="output_layer.weight")  # the last pipeline stage's copy
-    attention_norm = {hf + "input_layernorm.weight": (h,)}
-    mlp_norm = {hf + "post_attention_layernorm.weight": (h,)}
-    return [
-        replace(embedding, is_vocab=True),
-        *[
-            Rule(layer + name, attention_norm, None, _take_only, _give_only)
-            for name in ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight")
-        ],
-        _query_key_value(
-            layer + "self_attention.linear_qkv.weight",
-            {
-                hf + "self_attn.q_proj.weight": (q, h),
-                hf + "self_attn.k_proj.weight": (kv, h),
-                hf + "self_attn.v_proj.weight": (kv, h),
-            },
-            arch,
-        ),
-        _single(layer + "self_attention.q_layernorm.weight", hf + "self_attn.q_norm.weight", (d,), None),
-        _single(layer + "self_attention.k_layernorm.weight", hf + "self_attn.k_norm.weight", (d,), None),
-        _single(layer + "self_attention.linear_proj.weight", hf + "self_attn.o_proj.weight", (h, q), 1),
-        *[
-            Rule(layer + name, mlp_norm, None, _take_only, _give_only)
-            for name in ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight")
-        ],
-        Rule(
-            layer + "mlp.linear_fc1.weight",
-            {hf + "mlp.gate_proj.weight": (f, h), hf + "mlp.up_proj.weight": (f, h)},
-            0,
-            fuse=lambda parts: torch.cat(list(parts)),
-            split=lambda weight: list(weight.chunk(2)),
-        ),
-        _single(layer + "mlp.linear_fc2.weight", hf + "mlp.down_proj.weight", (h, f), 1),
-        _single("decoder.final_layernorm.weight", "model.norm.weight", (h,), None),
-        replace(head, is_vocab=True),
-    ]
+    def split(self, weight: Tensor) -> list[Tensor]:
+        """The rank's slices of the Hugging Face tensors, of the rank's Megatron shard."""
+        rows = self.group_rows or [len(weight) // len(self.hf)] * len(self.hf)
+        groups = weight.unflatten(0, (-1, sum(rows)))
+        return [part.flatten(0, 1) for part in groups.split(list(rows), dim=1)]
 
 
 class NameTable:
@@ -86,52 +65,62 @@ class NameTable:
 
     def __init__(self, arch: Architecture) -> None:
         self.arch = arch
-        self._rules = {rule.megatron: rule for rule in qwen3_rules(arch)}
+        heads, groups, d = arch.num_attention_heads, arch.num_query_groups, arch.kv_channels
+        self._group_rows = (heads // groups * d, d, d)  # of q, k, v
+        self._sizes = {"h": arch.hidden_size, "v": arch.vocab_size, "q": heads * d, "k": groups * d, "d": d}
+        if arch.moe is None:
+            self._sizes |= {"f": arch.ffn_hidden_size}
+        else:
+            self._sizes |= {"e": arch.moe.num_moe_experts, "m": arch.moe.moe_ffn_hidden_size}
+        self._rows = [
+            (re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>\\d+)", re.escape(name))), row)
+            for row in FAMILIES[arch.family]
+            for name in (row.megatron, row.transformer_engine)
+            if name is not None
+        ]
 
-    def rule(self, megatron_name: str) -> Rule:
-        """The rule of a parameter with its layer's number in the whole model, layer numbers filled in."""
-        match = re.match(r"decoder\.layers\.(\d+)\.(.*)", megatron_name)
-        if match is None:
-            return self._rules[megatron_name]
-        layer, rest = match.groups()
-        rule = self._rules["decoder.layers.{layer}." + rest]
-        hf = {name.replace("{layer}", layer): shape for name, shape in rule.hf.items()}
-        return replace(rule, megatron=megatron_name, hf=hf)
+    def experts_per_rank(self, ep_size: int) -> int:
+        return self.arch.moe.num_moe_experts // ep_size if self.arch.moe else 0
+
+    def rule(self, megatron_name: str, first_expert: int = 0) -> Rule:
+        """The rule of a parameter.
+
+        megatron_name: with the layer's number in the whole model and the expert's number on its rank.
+        first_expert: the number in the whole model of that rank's first expert.
+        """
+        for pattern, row in self._rows:
+            if match := pattern.fullmatch(megatron_name):
+                numbers = {key: int(number) for key, number in match.groupdict().items()}
+                numbers["expert"] = first_expert + numbers.get("expert", 0)
+                return self._rule(megatron_name, row, numbers)
+        raise KeyError(megatron_name)
+
+    def _rule(self, megatron_name: str, row: Row, numbers: dict[str, int]) -> Rule:
+        is_vocab = any(shape.startswith("v") for shape in row.hf.values())
+        names = row.hf
+        if megatron_name == "output_layer.weight" and self.arch.share_embeddings_and_output_weights:
+            names = {"model.embed_tokens.weight": "vh"}  # the last pipeline stage's copy
+        return Rule(
+            megatron_name,
+            {name.format(**numbers): self._shape(shape) for name, shape in names.items()},
+            row.dim,
+            self._group_rows if row.by_query_group else None,
+            is_vocab=is_vocab,
+            is_expert="{expert}" in row.megatron,
+        )
+
+    def _shape(self, letters: str) -> Shape:
+        return tuple(self._sizes[letter] for letter in letters)
 
     def hf_tensors(self) -> dict[str, Shape]:
-        """Name and shape of every tensor of the Hugging Face checkpoint."""
-        return {
-            name.replace("{layer}", str(layer)): shape
-            for rule in self._rules.values()
-            for name, shape in rule.hf.items()
-            for layer in (range(self.arch.num_layers) if "{layer}" in name else (0,))
-        }
-
-
-def _take_only(parts: Sequence[Tensor]) -> Tensor:
-    (part,) = parts
-    return part
-
-
-def _give_only(weight: Tensor) -> list[Tensor]:
-    return [weight]
-
-
-def _single(megatron: str, hf: str, shape: Shape, dim: int | None) -> Rule:
-    return Rule(megatron, {hf: shape}, dim, _take_only, _give_only)
-
-
-def _query_key_value(megatron: str, hf: dict[str, Shape], arch: Architecture) -> Rule:
-    """Megatron orders rows by query group: the group's queries, its key, its value, then the next group."""
-    d = arch.kv_channels
-    rows = [arch.num_attention_heads // arch.num_query_groups * d, d, d]  # of q, k, v in one group
-
-    def fuse(parts: Sequence[Tensor]) -> Tensor:
-        groups = [part.unflatten(0, (-1, n)) for part, n in zip(parts, rows, strict=True)]  # [groups, n, h]
-        return torch.cat(groups, dim=1).flatten(0, 1)
-
-    def split(weight: Tensor) -> list[Tensor]:
-        groups = weight.unflatten(0, (-1, sum(rows)))
-        return [part.flatten(0, 1) for part in groups.split(rows, dim=1)]
-
-    return Rule(megatron, hf, 0, fuse, split)
+        """Name and shape of every tensor of the Hugging Face checkpoint, layer by layer."""
+        shapes = {name: self._shape(shape) for row in FAMILIES[self.arch.family] for name, shape in row.hf.items()}
+        if self.arch.share_embeddings_and_output_weights:
+            del shapes["lm_head.weight"]
+        in_layers = {name: shape for name, shape in shapes.items() if "{layer}" in name}
+        tensors = {name: shape for name, shape in shapes.items() if name not in in_layers}
+        for layer in range(self.arch.num_layers):
+            for name, shape in in_layers.items():
+                experts = range(self._sizes["e"]) if "{expert}" in name else (0,)
+                tensors |= {name.format(layer=layer, expert=expert): shape for expert in experts}
+        return tensors

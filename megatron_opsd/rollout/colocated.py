@@ -81,6 +81,8 @@ class ColocatedVLLM:
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         self._version = -1  # until the whole set has arrived
+        if not torch.cuda.is_available():
+            self._llm.apply_model(_unpack_experts)
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_tensors)})
         if not torch.cuda.is_available():
             self._llm.apply_model(_pack_tied_head)
@@ -102,6 +104,18 @@ class ColocatedVLLM:
 
     def close(self) -> None:
         self._llm.llm_engine.engine_core.shutdown()
+
+
+def _unpack_experts(model: "torch.nn.Module") -> None:
+    """On CPU vLLM packs the experts' weights when it first makes their kernel, and copies a reload's in unpacked.
+
+    Without its kernel a layer takes the reload as its first weights.
+    """
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+    for module in model.modules():
+        if isinstance(module, UnquantizedFusedMoEMethod):
+            module.moe_kernel = None
 
 
 def _pack_tied_head(model: "torch.nn.Module") -> None:

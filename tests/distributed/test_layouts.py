@@ -1,5 +1,6 @@
 """Every layout computes the same model, the same gradients and the same Hugging Face files as one process does."""
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from megatron_opsd import parallel
+from megatron_opsd import checkpoint, parallel
 from megatron_opsd.batch import build_batch, split
 from megatron_opsd.config import Config, ObjectiveConfig, OptimConfig, ParallelConfig, TrainConfig
 from megatron_opsd.conversion.architecture import read_architecture
@@ -23,7 +24,7 @@ from megatron_opsd.student import Student
 from megatron_opsd.teacher import Teacher
 
 from .harness import run_distributed
-from .tiny import random_samples, write_qwen3
+from .tiny import random_samples, write_model
 
 BATCH = 8
 
@@ -32,6 +33,7 @@ BATCH = 8
 class Case:
     tp: int = 1
     pp: int = 1
+    ep: int = 1
     sequence_parallel: bool = False
     micro_batch_size: int = 2
     normalization: str = "token"
@@ -46,46 +48,95 @@ class Case:
                 "parallel": ParallelConfig(
                     tensor_model_parallel_size=self.tp,
                     pipeline_model_parallel_size=self.pp,
+                    expert_model_parallel_size=self.ep,
                     sequence_parallel=self.sequence_parallel,
                 ),
                 "objective": ObjectiveConfig(normalization=self.normalization, chunk_size=7),
                 "train": TrainConfig(micro_batch_size=self.micro_batch_size, global_batch_size=BATCH),
-                "optim": OptimConfig(lr=1e-2, use_distributed_optimizer=self.distributed_optimizer),
+                # A large eps: else Adam's first step is the sign of each gradient, noise where that is nearly zero.
+                "optim": OptimConfig(lr=1e-2, adam_eps=1e-2, use_distributed_optimizer=self.distributed_optimizer),
             }
         )
 
 
-ONE = [Case(), Case(micro_batch_size=4), Case(normalization="sequence"), Case(recompute="full")]
-TWO = [
-    Case(tp=2),
-    Case(tp=2, normalization="sequence"),
-    Case(tp=2, sequence_parallel=True),
-    Case(tp=2, sequence_parallel=True, recompute="full", micro_batch_size=4),
-    Case(pp=2),
-    Case(pp=2, normalization="sequence", micro_batch_size=4),
-    Case(),  # two data-parallel ranks
-    Case(normalization="sequence", micro_batch_size=4),
-    Case(distributed_optimizer=True),
-]
-FOUR = [
-    Case(tp=2, pp=2),
-    Case(tp=2, pp=2, sequence_parallel=True, normalization="sequence"),
-    Case(tp=2, sequence_parallel=True),  # times two data-parallel ranks
-    Case(pp=2),
-    Case(pp=2, distributed_optimizer=True),
-]
+# Models: Qwen3 with and without a head of its own, Qwen2, Qwen3-MoE likewise; 1, 2, 4 and 8 query heads a group, layers
+# that two stages do not share evenly, expert weights that sum to 1 and that do not.
+MODELS: dict[str, dict] = {
+    "qwen3-tied": {},
+    "qwen3-untied": {"num_attention_heads": 8, "num_hidden_layers": 5},
+    "qwen2-tied": {"num_attention_heads": 16, "num_hidden_layers": 3},
+    "qwen3_moe-untied": {"num_key_value_heads": 4},
+    "qwen3_moe-tied": {"num_hidden_layers": 3, "norm_topk_prob": False},
+}
+QWEN3 = {
+    1: [Case(), Case(micro_batch_size=4), Case(normalization="sequence"), Case(recompute="full")],
+    2: [
+        Case(tp=2),
+        Case(tp=2, normalization="sequence"),
+        Case(tp=2, sequence_parallel=True),
+        Case(tp=2, sequence_parallel=True, recompute="full", micro_batch_size=4),
+        Case(pp=2),
+        Case(pp=2, normalization="sequence", micro_batch_size=4),
+        Case(),  # two data-parallel ranks
+        Case(normalization="sequence", micro_batch_size=4),
+        Case(distributed_optimizer=True),
+    ],
+    4: [
+        Case(tp=2, pp=2),
+        Case(tp=2, pp=2, sequence_parallel=True, normalization="sequence"),
+        Case(tp=2, sequence_parallel=True),  # times two data-parallel ranks
+        Case(pp=2),
+        Case(pp=2, distributed_optimizer=True),
+    ],
+}
+CASES = {
+    "qwen3-tied": QWEN3,
+    "qwen3-untied": QWEN3,
+    "qwen2-tied": {
+        1: [Case()],
+        2: [Case(tp=2), Case(tp=2, sequence_parallel=True), Case(pp=2)],
+        4: [Case(tp=2, pp=2, sequence_parallel=True)],
+    },
+    "qwen3_moe-untied": {
+        1: [Case(), Case(recompute="full", micro_batch_size=4)],
+        2: [
+            Case(ep=2),
+            Case(tp=2, sequence_parallel=True),  # each rank has all experts and half of the tokens
+            Case(tp=2, ep=2, sequence_parallel=True),
+            Case(pp=2),
+        ],
+        4: [
+            Case(tp=2, ep=2, sequence_parallel=True),
+            Case(tp=2, ep=4, sequence_parallel=True),
+            Case(pp=2, ep=2, recompute="full"),
+        ],
+    },
+    "qwen3_moe-tied": {
+        1: [Case()],
+        2: [Case(tp=2, ep=2, sequence_parallel=True), Case(pp=2)],
+        4: [Case(tp=2, pp=2, ep=2, sequence_parallel=True)],
+    },
+}
+# Layouts that pass a checkpoint on, each to the next.
+RELAY = {
+    1: [Case(distributed_optimizer=True)],
+    2: [Case(ep=2, distributed_optimizer=True), Case(tp=2, sequence_parallel=True, distributed_optimizer=True)],
+    4: [Case(tp=2, pp=2, ep=2, sequence_parallel=True, distributed_optimizer=True)],
+}
+RELAY_MODEL = "qwen3_moe-untied"
 
 
 def build(config: Config, layout: Layout) -> HiddenStateGPT:
     arch = read_architecture(config.model.path)
     model = build_model(arch, config.model, config.parallel, layout.pg_collection)
     reader = HFReader(config.model.path)
-    load_hf(model, reader, NameTable(arch), layout.tp_group.rank(), layout.tp_group.size())
+    load_hf(model, reader, NameTable(arch), layout.shard)
     return model
 
 
 def exporter(model: HiddenStateGPT, path: str, layout: Layout, bucket_bytes: int) -> Exporter:
-    return Exporter(model, NameTable(read_architecture(path)), layout.tp_group, layout.pp_group, bucket_bytes)
+    table = NameTable(read_architecture(path))
+    return Exporter(model, table, layout.tp_group, layout.pp_group, layout.ep_group, bucket_bytes)
 
 
 def check_conversion(model: HiddenStateGPT, path: str, layout: Layout, out: Path) -> None:
@@ -111,9 +162,9 @@ def check_logits(teacher: Teacher, targets: list[torch.Tensor], microbatches: li
     if not layout.is_last_stage:
         assert targets == []
         return
-    from transformers import Qwen3ForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    reference = Qwen3ForCausalLM.from_pretrained(path, dtype=torch.float32)
+    reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     vocab = reference.config.vocab_size
     for microbatch, hidden in zip(microbatches, targets, strict=True):
         local = (hidden @ teacher.head_weight().T).contiguous()  # [n, v/tp]
@@ -132,40 +183,91 @@ def gradients(student: Student, path: str, layout: Layout) -> dict[str, torch.Te
     return dict(export)
 
 
-def run_case(case: Case, path: str, layout: Layout) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """One step: gradients and updated weights as whole tensors (with a sharded optimizer the weights only), numbers."""
-    config = case.config(path)
-    teacher = Teacher(build(config, layout), "resident")
-    student = Student(build(config, layout), layout, config, read_architecture(path).vocab_size)
-    optimizer = build_optimizer(student, config.optim)
-    batch = build_batch(random_samples(BATCH), skip_first_tokens=1, multiple=case.tp, one_length=case.pp > 1)
-    microbatches = split(
-        batch, case.micro_batch_size, layout.dp_group, config.objective.normalization, parallel.device()
-    )
-    targets = teacher.score(batch, microbatches)
-    check_logits(teacher, targets, microbatches, path, layout)
-    losses = student.forward_backward(batch, microbatches, teacher.head_weight(), targets)
-    grads = {} if case.distributed_optimizer else gradients(student, path, layout)
-    grads = {name: grad.clone() for name, grad in grads.items()}
-    grad_norm, _ = optimizer_step(optimizer, build_schedule(optimizer, config.optim, steps=10))
-    numbers = losses.means() | {"grad_norm": grad_norm, "tokens": losses.tokens, "count": losses.count}
-    weights = {f"{name} after the step": tensor for name, tensor in exporter(student.model, path, layout, 2**30)}
-    return grads | weights, numbers
+@dataclass
+class Run:
+    """Student, teacher and optimizer of one layout, and a batch that is the same for every layout."""
+
+    case: Case
+    path: str
+    layout: Layout
+
+    def __post_init__(self) -> None:
+        config = self.case.config(self.path)
+        self.teacher = Teacher(build(config, self.layout), "resident")
+        vocab_size = read_architecture(self.path).vocab_size
+        self.student = Student(build(config, self.layout), self.layout, config, vocab_size)
+        self.optimizer = build_optimizer(self.student, config.optim)
+        self.schedule = build_schedule(self.optimizer, config.optim, steps=10)
+        multiple, one_length = self.case.tp, self.case.pp > 1
+        self.batch = build_batch(random_samples(BATCH), skip_first_tokens=1, multiple=multiple, one_length=one_length)
+        self.microbatches = split(
+            self.batch,
+            self.case.micro_batch_size,
+            self.layout.dp_group,
+            config.objective.normalization,
+            parallel.device(),
+        )
+        self.targets = self.teacher.score(self.batch, self.microbatches)
+
+    def step(self) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        """Gradients as whole tensors (none where the optimizer shards them), and all logged numbers."""
+        head = self.teacher.head_weight()
+        losses = self.student.forward_backward(self.batch, self.microbatches, head, self.targets)
+        grads = {} if self.case.distributed_optimizer else gradients(self.student, self.path, self.layout)
+        grads = {name: grad.clone() for name, grad in grads.items()}
+        grad_norm, _ = optimizer_step(self.optimizer, self.schedule)
+        return grads, losses.means() | {"grad_norm": grad_norm, "tokens": losses.tokens, "count": losses.count}
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        stream = exporter(self.student.model, self.path, self.layout, 2**30)
+        return {f"{name} after the step": tensor.clone() for name, tensor in stream}
 
 
-def worker(cases: list[Case], paths: list[str], tmp: str) -> None:
+def compute(case: Case, path: str, layout: Layout, tmp: str) -> None:
+    """One step: logits, gradients, updated weights and numbers."""
+    run = Run(case, path, layout)
+    check_logits(run.teacher, run.targets, run.microbatches, path, layout)
+    grads, numbers = run.step()
+    tensors = grads | run.weights()
+    reference = Path(tmp) / f"{Path(path).name}_{case.normalization}"
+    if layout.world_size == 1 and replace(case, normalization="token") == Case():
+        save_file(tensors, reference)
+        torch.save(numbers, f"{reference}.pt")
+    compare(tensors, numbers, reference, case)
+
+
+def relay(case: Case, path: str, layout: Layout, tmp: str) -> None:
+    """Take the checkpoint of the layout before, write it anew, and go on from it as the first layout did."""
+    run, run_dir = Run(case, path, layout), Path(tmp) / "relay"
+    model, optimizer, reference = run.student.model, run.optimizer, run_dir / "second_step"
+    if layout.world_size == 1:
+        run.step()
+        run_dir.mkdir()
+        save_file(run.weights(), run_dir / "first_step")
+    else:
+        checkpoint.load(checkpoint.checkpoint_dir(run_dir, 1), model, optimizer, "a teacher")
+        run.schedule.step(1)
+        saved = load_file(run_dir / "first_step")
+        assert all(torch.equal(tensor, saved[name]) for name, tensor in run.weights().items())
+    checkpoint.save(run_dir, model, optimizer, checkpoint.Progress(1, {}, "a teacher"))
+    _, numbers = run.step()
+    if layout.world_size == 1:
+        save_file(run.weights(), reference)
+        torch.save(numbers, f"{reference}.pt")
+    compare(run.weights(), numbers, reference, case)
+
+
+def worker(paths: list[str], tmp: str) -> None:
+    world_size = int(os.environ["WORLD_SIZE"])
     for path in paths:
-        for i, case in enumerate(cases):
+        for i, case in enumerate(CASES[Path(path).name][world_size]):
             layout = parallel.initialize(case.config(path).parallel, seed=1)
             if i == 0:
-                model = build(case.config(path), layout)
-                check_conversion(model, path, layout, Path(tmp) / "exported")
-            tensors, numbers = run_case(case, path, layout)
-            reference = Path(tmp) / f"{Path(path).name}_{case.normalization}"
-            if layout.world_size == 1 and replace(case, normalization="token") == Case():
-                save_file(tensors, reference)
-                torch.save(numbers, f"{reference}.pt")
-            compare(tensors, numbers, reference, case)
+                check_conversion(build(case.config(path), layout), path, layout, Path(tmp) / "exported")
+            compute(case, path, layout, tmp)
+        if Path(path).name == RELAY_MODEL:
+            for case in RELAY[world_size]:
+                relay(case, path, parallel.initialize(case.config(path).parallel, seed=1), tmp)
 
 
 def compare(tensors: dict[str, torch.Tensor], numbers: dict[str, float], reference: Path, case: Case) -> None:
@@ -182,13 +284,15 @@ def compare(tensors: dict[str, torch.Tensor], numbers: dict[str, float], referen
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], str]:
     tmp = tmp_path_factory.mktemp("layouts")
-    paths = [str(write_qwen3(tmp / name, tied=name == "tied")) for name in ("tied", "untied")]
-    run_distributed(worker, 1, ONE, paths, str(tmp))
+    paths = [
+        str(write_model(tmp / name, name.split("-")[0], tied=name.endswith("-tied"), **shape))
+        for name, shape in MODELS.items()
+    ]
+    run_distributed(worker, 1, paths, str(tmp), timeout=480)
     return paths, str(tmp)
 
 
-@pytest.mark.parametrize(("world_size", "cases"), [(2, TWO), (4, FOUR)])
-def test_every_layout_equals_one_process(
-    checkpoints: tuple[list[str], str], world_size: int, cases: list[Case]
-) -> None:
-    run_distributed(worker, world_size, cases, *checkpoints)
+# In turn: each takes the checkpoint that the one before has written.
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_every_layout_equals_one_process(checkpoints: tuple[list[str], str], world_size: int) -> None:
+    run_distributed(worker, world_size, *checkpoints, timeout=480)

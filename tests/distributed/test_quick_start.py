@@ -12,7 +12,7 @@ from megatron_opsd.config import load_config
 from megatron_opsd.conversion.architecture import read_architecture
 from megatron_opsd.conversion.hf_files import HFReader
 from megatron_opsd.conversion.load import load_hf
-from megatron_opsd.conversion.mapping import NameTable
+from megatron_opsd.conversion.mapping import NameTable, Shard
 from megatron_opsd.data import read_examples
 from megatron_opsd.evaluate import grade
 from megatron_opsd.model import build_model
@@ -119,7 +119,7 @@ def three_readers(run_dir: str, overrides: dict[str, str]) -> None:
         assert rollout.token_ids == answer[: answer.index(prompts.tokenizer.eos_token_id) + 1]
 
     megatron = build_model(table.arch, config.model, config.parallel, layout.pg_collection)
-    load_hf(megatron, reader, table, 0, 1)
+    load_hf(megatron, reader, table, Shard())
     batch = build_batch([Sample(prompt, prompt, rollout) for prompt, rollout in zip(ids, rollouts, strict=True)])
     (microbatch,) = split(batch, 64, layout.dp_group, "token", parallel.device())
     (hidden,) = Teacher(megatron, "resident").score(batch, [microbatch])

@@ -80,9 +80,11 @@ def worker(run_dir: str) -> None:
         assert answers() != wanted
         for parameter, old in zip(trainer.student.model.parameters(), kept, strict=True):
             parameter.copy_(old)
-    table, tp, pp = trainer.table, trainer.layout.tp_group, trainer.layout.pp_group
+    layout = trainer.layout
+    groups = layout.tp_group, layout.pp_group, layout.ep_group
     for bucket_bytes in (1, 100_000):  # one tensor at a time, and edges inside layers
-        refit(Exporter(trainer.student.model, table, tp, pp, bucket_bytes), trainer.engine, 2, verify=True)
+        exporter = Exporter(trainer.student.model, trainer.table, *groups, bucket_bytes)
+        refit(exporter, trainer.engine, 2, verify=True)
         assert answers() == wanted
 
     with pytest.raises(RefitError, match=f"{re.escape(VICTIM)} arrived with other contents"):

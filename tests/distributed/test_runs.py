@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file
 
 from .command_line import ARITHMETIC, opsd, read_jsonl, write_problems
-from .tiny import write_qwen3
+from .tiny import write_model
 
 QUICK = {
     "evaluate.interval": "0",
@@ -19,6 +19,7 @@ QUICK = {
 }
 UNSAVED = {"checkpoint.export_hf": "false", "checkpoint.save_interval": "0"}
 TP, PP = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
+EP = "parallel.expert_model_parallel_size"
 VLLM_TP = "rollout.tensor_model_parallel_size"
 
 UNREPEATABLE = ("seconds_", "memory_")
@@ -92,13 +93,48 @@ def test_four_ranks_take_the_first_step_of_two(unbroken: Path, name: str, layout
     assert numbers(run_dir)[0] == pytest.approx(numbers(unbroken)[0], rel=1e-4, abs=1e-6)
 
 
+def write_arithmetic_model(path: Path, family: str) -> Path:
+    """Random weights with the arithmetic example's tokenizer and a head of their own."""
+    write_model(path, family, tied=False, vocab_size=512, max_position_embeddings=1024)
+    for file in (ARITHMETIC / "base").iterdir():
+        if file.name.startswith(("tokenizer", "chat_template", "generation_config")):
+            shutil.copy(file, path)
+    return path
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_experts_train_alike_in_every_layout(unbroken: Path, ranks: int) -> None:
+    """Two steps with the experts over two ranks; then one rank with all, and another layout from a checkpoint on.
+
+    The refit is checked on the way: vLLM's log-probs are Megatron's, after the first refit and after an update.
+    """
+    folder = unbroken.parent
+    common = {"model.path": str(folder / "experts"), "train.steps": "2", "optim.warmup_steps": "0", TP: "1"}
+    wanted = folder / "ep2"
+    if not wanted.exists():
+        write_arithmetic_model(folder / "experts", "qwen3_moe")
+        train(wanted, 2, **common, **{EP: "2", "checkpoint.save_interval": "1"})
+    if ranks == 1:
+        run_dir = folder / "ep1"
+        train(run_dir, 1, **common, **{"checkpoint.save_interval": "0"})
+    else:
+        run_dir = folder / "tp2_ep2"
+        layout = {TP: "2", EP: "2", VLLM_TP: "2", "parallel.sequence_parallel": "true"}
+        resume = {"checkpoint.resume": str(wanted / "checkpoints" / "step_000001"), "checkpoint.save_interval": "0"}
+        train(run_dir, 2, **common | layout | resume)
+    for line, other in zip(numbers(run_dir), numbers(wanted)[-len(numbers(run_dir)) :], strict=True):
+        assert line == pytest.approx(other, rel=1e-4, abs=1e-6)
+        assert tokens(run_dir, line["step"]) == tokens(wanted, line["step"])
+        assert line["refit_logprob_gap"] < 2e-6
+    weights, others = (load_file(path / "hf" / "model.safetensors") for path in (run_dir, wanted))
+    assert weights.keys() == others.keys() == load_file(folder / "experts" / "model.safetensors").keys()
+    assert all((weights[name] - others[name]).norm() < 1e-4 * others[name].norm() for name in others)
+
+
 def test_bfloat16_and_an_untied_head(unbroken: Path) -> None:
     """A model of random weights: Megatron's and vLLM's bfloat16 agree as well as the dtype lets them."""
     folder = unbroken.parent
-    model = write_qwen3(folder / "untied", tied=False, vocab_size=512, max_position_embeddings=1024)
-    for file in (ARITHMETIC / "base").iterdir():
-        if file.name.startswith(("tokenizer", "chat_template", "generation_config")):
-            shutil.copy(file, model)
+    model = write_arithmetic_model(folder / "untied", "qwen3")
     changes = {"model.path": str(model), "model.dtype": "bfloat16", "parallel.sequence_parallel": "true"}
     train(folder / "bfloat16", 2, **UNSAVED, **changes, **{"train.steps": "2", "optim.warmup_steps": "0"})
     for line in numbers(folder / "bfloat16"):

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,9 @@ from megatron_opsd.conversion.architecture import read_architecture
 from megatron_opsd.conversion.export import checksum
 from megatron_opsd.conversion.hf_files import HFReader
 from megatron_opsd.conversion.mapping import NameTable
+from megatron_opsd.conversion.tables import FAMILIES
 from megatron_opsd.errors import UserError
-from tests.distributed.tiny import write_qwen3
+from tests.distributed.tiny import write_model
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
@@ -37,13 +39,14 @@ def test_checksum_sees_one_changed_bit_and_any_exchange(dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_table_covers_transformers_own_tensors(tmp_path: Path, tied: bool) -> None:
-    path = write_qwen3(tmp_path, tied, num_key_value_heads=1, vocab_size=333)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_table_covers_transformers_own_tensors(tmp_path: Path, family: str, tied: bool) -> None:
+    path = write_model(tmp_path, family, tied, num_key_value_heads=1, vocab_size=333)
     HFReader(path).check(NameTable(read_architecture(path)).hf_tensors())
 
 
 def test_wrong_checkpoints_are_named(tmp_path: Path) -> None:
-    path = write_qwen3(tmp_path, tied=True)
+    path = write_model(tmp_path, "qwen3", tied=True)
     expected = NameTable(read_architecture(path)).hf_tensors()
     with pytest.raises(UserError, match="the tensor extra is missing"):
         HFReader(path).check(expected | {"extra": (1,)})
@@ -54,18 +57,39 @@ def test_wrong_checkpoints_are_named(tmp_path: Path) -> None:
         HFReader(path).check(expected)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformer_engines_names_hold_the_same_tensors(tmp_path: Path, family: str) -> None:
+    """Without a GPU nothing builds these layers here; the names are those of its modules."""
+    table = NameTable(read_architecture(write_model(tmp_path, family, tied=True)))
+    renamed = [row for row in FAMILIES[family] if row.transformer_engine]
+    assert len(renamed) == (3 if family == "qwen3_moe" else 2)
+    for row in renamed:
+        assert row.transformer_engine
+        local, fused = (
+            table.rule(name.format(layer=1, expert=2), 4) for name in (row.megatron, row.transformer_engine)
+        )
+        assert replace(local, megatron="") == replace(fused, megatron="")
+        assert all("layers.1." in name and ("{" not in name) for name in fused.hf)
+        assert fused.is_expert == any("experts.6." in name for name in fused.hf)
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("family", "change", "message"),
     [
-        ({"model_type": "llama"}, "model_type is 'llama'"),
-        ({"use_sliding_window": True}, "use_sliding_window = True is not supported"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope type 'yarn' is not supported"),
-        ({"head_dim": None}, "the field head_dim is missing"),
+        ("qwen3", {"model_type": "llama"}, "model_type = 'llama' is not supported .*'qwen2', 'qwen3', 'qwen3_moe'"),
+        ("qwen3", {"use_sliding_window": True}, "use_sliding_window = True is not supported"),
+        ("qwen3", {"rope_parameters": {"rope_type": "yarn"}}, "rope type 'yarn' is not supported"),
+        ("qwen3", {"head_dim": None}, "the field head_dim is missing"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2 is not supported .*supported: 1"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\] is not supported"),
+        ("qwen3_moe", {"num_experts_per_tok": 1}, "num_experts_per_tok = 1 is not supported"),
+        ("qwen3_moe", {"num_local_experts": None}, "the field num_experts is missing"),
     ],
 )
-def test_unsupported_architectures_are_refused(tmp_path: Path, change: dict, message: str) -> None:
-    path = write_qwen3(tmp_path, tied=True)
-    raw = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(raw | change))
-    with pytest.raises(UserError, match=message):
+def test_unsupported_architectures_are_refused(tmp_path: Path, family: str, change: dict, message: str) -> None:
+    path = write_model(tmp_path, family, tied=True)
+    file = path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(UserError, match=message) as error:
         read_architecture(path)
+    assert str(file) in str(error.value)

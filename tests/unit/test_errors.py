@@ -32,6 +32,11 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [str(ARITHMETIC / "opsd.toml"), *(part for name, path in paths.items() for part in (f"--{name}", str(path)))]
 
 
+def test_none_is_a_word_where_no_none_is_allowed(config: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    main(["check", *config, "--objective.clip_mode", "none", "--evaluate.limit", "none", "--world-size", "4"])
+    assert capsys.readouterr().out.endswith("no mistakes found\n")
+
+
 def test_no_mistakes(config: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     main(["check", *config, "--world-size", "4"])
     assert capsys.readouterr().out.endswith("no mistakes found\n")
@@ -49,6 +54,10 @@ def test_no_mistakes(config: list[str], capsys: pytest.CaptureFixture[str]) -> N
         (["--parallel.pipeline_model_parallel_size", "4"], ["pipeline_model_parallel_size = 4", "3 layers"]),
         (["--parallel.pipeline_model_parallel_size", "3"], ["tensor 2 x pipeline 3", "world size 4"]),
         (["--parallel.tensor_model_parallel_size", "1", "--parallel.sequence_parallel", "true"], ["sequence_parallel"]),
+        (
+            ["--parallel.expert_model_parallel_size", "2"],
+            ["expert_model_parallel_size = 2", "no experts", "set it to 1"],
+        ),
         (["--rollout.tensor_model_parallel_size", "3"], ["rollout.tensor_model_parallel_size = 3"]),
         (["--train.global_batch_size", "20"], ["train.global_batch_size = 20", "micro_batch_size = 16", "2 data-par"]),
         (["--rollout.samples_per_prompt", "5"], ["samples_per_prompt = 5 does not divide train.global_batch_size"]),
@@ -72,6 +81,26 @@ def test_check_says_it_in_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("opsd: ")
     assert all(part in line for part in expected), line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["--parallel.expert_model_parallel_size", "3"], ["expert_model_parallel_size = 3", "num_experts = 8"]),
+        (["--parallel.expert_model_parallel_size", "8"], ["expert_model_parallel_size = 8", "pipeline stage = 4"]),
+        ([], ["parallel.sequence_parallel = false", "tensor_model_parallel_size = 2", "set it to true"]),
+        (["--rollout.tensor_model_parallel_size", "2"], ["rollout.tensor", "moe_intermediate_size = 25"]),
+    ],
+)
+def test_layouts_of_experts(
+    config: list[str], overrides: list[str], expected: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "experts"
+    shutil.copytree(ARITHMETIC / "base", model)
+    file = model / "config.json"
+    moe = {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 25}
+    file.write_text(json.dumps(json.loads(file.read_text()) | moe))
+    test_check_says_it_in_one_line(config, ["--model.path", str(model), *overrides], expected, capsys)
 
 
 def run(arguments: list[str], **environment: str) -> str:
