@@ -65,8 +65,8 @@ def quick_start_logits() -> tuple[Tensor, Tensor]:
     from megatron_opsd.data import read_examples
     from megatron_opsd.prompts import build_prompts
 
-    config = load_config(ROOT / "examples/arithmetic/opsd.toml", {})
-    model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float64)
+    config = load_config(str(ROOT / "examples/arithmetic/opsd.toml"), {})
+    model: Any = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float64)
     prompts = build_prompts(config)
     torch.manual_seed(0)
     student, teacher = [], []
@@ -221,9 +221,9 @@ def main() -> None:
     elif what == "train":
         train(json.loads(trained.read_text()) if trained.exists() else [], trained)
     else:
-        measured = [json.loads(file.read_text()) for file in (turned, trained)]
-        (RESULTS / "clips.md").write_text(as_tables(*measured))
-        draw(*measured, ROOT / "docs/clips.png")
+        turns, runs = json.loads(turned.read_text()), json.loads(trained.read_text())
+        (RESULTS / "clips.md").write_text(as_tables(turns, runs))
+        draw(turns, runs, ROOT / "docs/clips.png")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,11 @@ class VocabShard:
 
 def sweeps(logits: Logits) -> ModuleType:
     """The implementation for the logits' device: both modules offer the same three functions."""
-    return torch_sweeps
+    if not logits.student.is_cuda:
+        return torch_sweeps
+    from megatron_opsd.objective import triton_sweeps  # a machine without a GPU need not have Triton
+
+    return triton_sweeps
 
 
 def measure(
@@ -74,20 +78,18 @@ def measure(
     sums = shard.all_reduce(torch.stack(parts))  # third
     sums[:4] += 0 * normalizers.sums.sum(0)  # a NaN logit spoils its token
     unclipped, loss, slope_sum, count, *log_means, agree = sums[:7]
-    entropies = [total.log() - mean for total, mean in zip(normalizers.sums, log_means, strict=True)]
+    entropies = normalizers.sums.log() - torch.stack(log_means)
 
-    logprobs: list[Tensor] = []
+    logprobs = None, None
     if token_ids is not None:
         known = (token_ids >= 0) & (token_ids < vocab_size)
-        logprobs = [
-            torch.where(known, logit - total.log(), torch.nan)
-            for logit, total in zip(sums[7:], unit_sums or normalizers.sums, strict=True)
-        ]
+        unit = torch.stack(unit_sums) if unit_sums else normalizers.sums
+        logprobs = torch.where(known, sums[7:] - unit.log(), torch.nan).unbind()
     capped = torch.zeros_like(unclipped, dtype=torch.bool)
     if spec.clip is not None and spec.clip_mode == "token":
         capped = unclipped > spec.clip
         loss, count = unclipped.clamp(max=spec.clip), capped.to(count.dtype)
-    output = DivergenceOutput(loss, unclipped, count, *entropies, agree, *logprobs)
+    output = DivergenceOutput(loss, unclipped, count, entropies[0], entropies[1], agree, logprobs[0], logprobs[1])
     return output, Statistics(normalizers, slope_sum, capped)
 
 

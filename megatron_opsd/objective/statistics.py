@@ -54,7 +54,7 @@ class EntrySums(NamedTuple):
     unclipped: Tensor  # f⁺
     loss: Tensor  # the clipped f⁺; `token` clips act later, on the whole vocabulary's sum
     slope: Tensor  # g
-    count: Tensor  # entries above the clip
+    above: Tensor  # how many entries lie above the clip
     log_student: Tensor  # p (logit - maximum) / temperature: the entropy is log(sum) less this
     log_teacher: Tensor
 

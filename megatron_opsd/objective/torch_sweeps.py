@@ -37,8 +37,8 @@ def normalizer_sums(logits: Logits, temperatures: tuple[float, ...]) -> LocalSum
         )
         return [s.sum(-1) for s in (student, teacher, *others)] + [teacher.sub_(student).sum(-1)]
 
-    *sums, difference = _per_token(logits, sums)
-    return LocalSums(maxima, top_ids, torch.stack(sums).view(len(temperatures), 2, n), difference)
+    *totals, difference = _per_token(logits, sums)
+    return LocalSums(maxima, top_ids, torch.stack(totals).view(len(temperatures), 2, n), difference)
 
 
 def entry_sums(logits: Logits, normalizers: Normalizers, spec: Divergence) -> EntrySums:
