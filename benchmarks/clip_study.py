@@ -179,7 +179,7 @@ def as_tables(turned: list[Row], trained: list[Row]) -> str:
 
 
 def draw(turned: list[Row], trained: list[Row], target: Path) -> None:
-    """A row of panels a kind: share of opposed tokens, and accuracy after training, by clip."""
+    """A column of panels a kind: share of opposed tokens, and accuracy after training, by clip; dotted: before."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -192,18 +192,19 @@ def draw(turned: list[Row], trained: list[Row], target: Path) -> None:
         above, below = panels[0][column], panels[1][column]
         for marker, name in zip("osd", dict.fromkeys(row["distribution"] for row in turned), strict=True):
             some = [row for row in turned if (row["distribution"], row["kind"]) == (name, kind)]
-            above.plot([name_of(row) for row in some], [row["opposed"] for row in some], marker, label=name, alpha=0.8)
+            places = [names.index(name_of(row)) for row in some]
+            above.plot(places, [row["opposed"] for row in some], marker, label=name, alpha=0.8)
         some = [row for row in trained if row["kind"] == kind]
         for marker, key in zip("o^", ("greedy", "sampled"), strict=True):
-            below.plot([name_of(row) for row in some], [row[key][1] for row in some], marker, label=key)
-            if some:
-                below.axhline(some[0][key][0], color="0.7", linewidth=0.8)
+            places = [names.index(name_of(row)) for row in some]
+            (drawn,) = below.plot(places, [row[key][1] for row in some], marker, label=key, alpha=0.8)
+            below.axhline(some[0][key][0], color=drawn.get_color(), linewidth=0.8, linestyle=":")
         above.set_title(kind)
         below.set_xticks(range(len(names)), names, rotation=60, ha="right")
     panels[0][0].set_ylabel("tokens whose gradient\nturns around")
     panels[1][0].set_ylabel(f"held-out accuracy\nafter {STEPS} steps")
     for row in panels:
-        row[0].legend(frameon=False)
+        row[-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
         for axes in row:
             axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
             axes.grid(axis="y", linewidth=0.3)
