@@ -350,7 +350,7 @@ def main() -> None:
         torch.compiler.set_stance("force_eager")  # what Megatron compiles would need a C++ compiler
     # For Megatron, a group of one; a real backend's threads do not outlive the fork that weighs the memory.
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
-    chunk_size = args.chunk_size or (128 if args.device == "cpu" else 2048)
+    chunk_size = args.chunk_size or (256 if args.device == "cpu" else 2048)
     conditions = environment(args.device, args.repeats)
     parts, data = [], []
     for case in default_cases(args.device, args.n, args.hidden):

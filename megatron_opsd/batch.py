@@ -1,4 +1,4 @@
-"""From prompts and rollouts to padded micro-batches whose response spans are aligned on both sides.
+"""From prompts and rollouts to micro-batches, padded or packed, whose response spans are aligned on both sides.
 
 A sequence is prompt + response without its last token: the response token at place t is predicted at the position
 before it, on the student's side and on the teacher's, whatever the two prompts' lengths.
@@ -6,6 +6,7 @@ before it, on the student's side and on the teacher's, whatever the two prompts'
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -13,6 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_opsd.types import Rollout
+
+Side = Literal["student", "teacher"]
+SIDES: tuple[Side, Side] = ("student", "teacher")
 
 
 @dataclass(frozen=True)
@@ -23,36 +27,79 @@ class Sample:
     teacher_prompt: list[int]
     rollout: Rollout
 
+    def sequence(self, side: Side) -> list[int]:
+        """What the student or the teacher reads."""
+        prompt = self.student_prompt if side == "student" else self.teacher_prompt
+        return (prompt + self.rollout.token_ids)[:-1]
+
 
 @dataclass(frozen=True)
 class Batch:
     """The global batch of one step, the same on every rank.
 
-    student_length, teacher_length: the longest padded lengths; where ``one_length``, all micro-batches have them, as
-    pipelines need, else each is as long as its own longest sequence.
     skip_first_tokens: response tokens at the start that are not trained on.
+    multiple: rows are padded to a multiple of it (sequence parallelism splits them evenly).
+    one_length: all micro-batches' rows have one length, as pipelines need, else each is as long as it must be.
+    packing: sequences follow one another in a micro-batch's only row, instead of a padded row for each.
     """
 
     samples: list[Sample]
-    student_length: int
-    teacher_length: int
-    skip_first_tokens: int
-    multiple: int
-    one_length: bool
+    skip_first_tokens: int = 0
+    multiple: int = 1
+    one_length: bool = False
+    packing: bool = False
 
     def tokens(self, sample: Sample) -> int:
         """Number of the sample's response tokens that are trained on."""
         return max(0, len(sample.rollout.token_ids) - self.skip_first_tokens)
 
+    def plan(self, micro_batch_size: int, dp_size: int) -> list[list[list[int]]]:
+        """Numbers of the sequences in each micro-batch of each data-parallel rank, as many on every rank.
+
+        Rank r has the sequences r, r + dp_size, ... In a packed micro-batch are no more tokens than in a padded one of
+        the global batch's longest sequences.
+        """
+        own = [list(range(rank, len(self.samples), dp_size)) for rank in range(dp_size)]
+        if not self.packing:
+            assert len(own[0]) % micro_batch_size == 0, (len(own[0]), micro_batch_size)
+            return [
+                [numbers[i : i + micro_batch_size] for i in range(0, len(numbers), micro_batch_size)] for numbers in own
+            ]
+        lengths = [max(len(sample.sequence(side)) for side in SIDES) for sample in self.samples]
+        bins = [_pack(numbers, lengths, micro_batch_size * max(lengths)) for numbers in own]
+        most = max(map(len, bins))
+        for rank in bins:
+            while len(rank) < most:  # expert parallelism meets the other ranks in every micro-batch
+                fullest = max(rank, key=len)
+                rank.append([fullest.pop()])
+        return bins
+
+    def row_lengths(self, side: Side, plan: list[list[list[int]]]) -> list[list[int]]:
+        """Length of each micro-batch's rows, padding included, as ``plan`` has them."""
+        together = sum if self.packing else max
+
+        def padded(numbers: list[int]) -> int:
+            return -(-together(len(self.samples[i].sequence(side)) for i in numbers) // self.multiple) * self.multiple
+
+        rows = [[padded(numbers) for numbers in rank] for rank in plan]
+        return [[max(map(max, rows))] * len(rank) for rank in rows] if self.one_length else rows
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """One side's sequences of a micro-batch, as its model reads them."""
+
+    tokens: Tensor  # [b, s]; packed: [1, s]
+    index: Tensor  # [n] rows of the flattened [s*b] that predict the response tokens
+    boundaries: Tensor | None  # packed: [sequences + 1], where each begins in the row; the last is the row's padding
+
 
 @dataclass(frozen=True)
 class Microbatch:
-    """What one rank computes at once: b sequences with n response tokens together, ordered by sequence, then time."""
+    """What one rank computes at once: sequences with n response tokens together, ordered by sequence, then time."""
 
-    student_tokens: Tensor  # [b, s]
-    student_index: Tensor  # [n] rows of the flattened [s*b] that predict the response tokens
-    teacher_tokens: Tensor  # [b, t]
-    teacher_index: Tensor  # [n]
+    student: Sequences
+    teacher: Sequences
     response_ids: Tensor  # [n]
     rollout_logprobs: Tensor  # [n] what vLLM said of them
     sequence: Tensor  # [n] number of the token's sequence in the global batch
@@ -60,27 +107,27 @@ class Microbatch:
     count: int  # the divisor's share of this micro-batch: tokens, or sequences
 
 
-def build_batch(
-    samples: Sequence[Sample], skip_first_tokens: int = 0, multiple: int = 1, one_length: bool = False
-) -> Batch:
-    """Collect a step's samples.
+def _pack(numbers: list[int], lengths: list[int], room: int) -> list[list[int]]:
+    """Sequences into rows of ``room`` tokens, first fit decreasing; needs nemo-toolkit."""
+    from nemo.utils.sequence_packing_utils import first_fit_decreasing
 
-    multiple: padded lengths are rounded up to it (sequence parallelism splits them evenly).
-    one_length: all micro-batches get the same length.
-    """
-    student, teacher = _lengths(samples, multiple)
-    return Batch(list(samples), student, teacher, skip_first_tokens, multiple, one_length)
+    waiting: dict[int, list[int]] = {}
+    for number in reversed(numbers):
+        waiting.setdefault(lengths[number], []).append(number)
+    rows: list[list[int]] = first_fit_decreasing([lengths[number] for number in numbers], room)  # of lengths
+    return [[waiting[length].pop() for length in row] for row in rows]
 
 
-def _lengths(samples: Sequence[Sample], multiple: int) -> tuple[int, int]:
-    """Padded lengths of the student's and the teacher's sequences."""
-    responses = [len(sample.rollout.token_ids) for sample in samples]
-    longest = (
-        max(len(prompt) + n - 1 for prompt, n in zip(prompts, responses, strict=True))
-        for prompts in ([x.student_prompt for x in samples], [x.teacher_prompt for x in samples])
-    )
-    student, teacher = (-(-length // multiple) * multiple for length in longest)
-    return student, teacher
+def padding_share(batch: Batch, micro_batch_size: int, dp_size: int) -> float:
+    """Share of both sides' positions that hold no token, over all ranks."""
+    plan = batch.plan(micro_batch_size, dp_size)
+    places = tokens = 0
+    for side in SIDES:
+        for rank, lengths in zip(plan, batch.row_lengths(side, plan), strict=True):
+            for numbers, length in zip(rank, lengths, strict=True):
+                places += length * (1 if batch.packing else len(numbers))
+                tokens += sum(len(batch.samples[i].sequence(side)) for i in numbers)
+    return 1 - tokens / places
 
 
 def split(
@@ -90,55 +137,56 @@ def split(
     normalization: Literal["token", "sequence"],
     device: torch.device,
 ) -> list[Microbatch]:
-    """This data-parallel rank's micro-batches: its sequences are r, r + size of dp_group, ... of the global batch.
+    """This data-parallel rank's micro-batches.
 
     The weights and counts make (sum over all ranks of weight * loss) / (sum of counts) the mean over the response
     tokens of the global batch ("token"), or the mean of its sequences' means ("sequence").
     """
-    own = list(enumerate(batch.samples))[dp_group.rank() :: dp_group.size()]
-    assert len(own) % micro_batch_size == 0, (len(own), micro_batch_size)
+    plan, rank = batch.plan(micro_batch_size, dp_group.size()), dp_group.rank()
+    student, teacher = (batch.row_lengths(side, plan)[rank] for side in SIDES)
     return [
-        _microbatch(batch, own[i : i + micro_batch_size], normalization, device)
-        for i in range(0, len(own), micro_batch_size)
+        _microbatch(batch, numbers, rows, normalization, device)
+        for numbers, *rows in zip(plan[rank], student, teacher, strict=True)
     ]
 
 
 def _microbatch(
-    batch: Batch, own: list[tuple[int, Sample]], normalization: Literal["token", "sequence"], device: torch.device
+    batch: Batch, numbers: list[int], rows: list[int], normalization: Literal["token", "sequence"], device: torch.device
 ) -> Microbatch:
-    skip = batch.skip_first_tokens
-    student_length, teacher_length = batch.student_length, batch.teacher_length
-    if not batch.one_length:
-        student_length, teacher_length = _lengths([sample for _, sample in own], batch.multiple)
-    prompts = {
-        "student": ([sample.student_prompt for _, sample in own], student_length),
-        "teacher": ([sample.teacher_prompt for _, sample in own], teacher_length),
-    }
-    responses = [sample.rollout.token_ids for _, sample in own]
-    sides: dict[str, tuple[Tensor, Tensor]] = {}
-    for side, (side_prompts, length) in prompts.items():
-        tokens = torch.zeros(len(own), length, dtype=torch.long)
-        rows: list[Tensor] = []
-        for j, (prompt, response) in enumerate(zip(side_prompts, responses, strict=True)):
-            sequence = torch.tensor((prompt + response)[:-1])
-            tokens[j, : len(sequence)] = sequence
-            first = len(prompt) - 1
-            rows.append(torch.arange(first + skip, first + max(skip, len(response))) * len(own) + j)
-        sides[side] = tokens.to(device), torch.cat(rows).to(device)
-    lengths = [batch.tokens(sample) for _, sample in own]
+    samples, skip = [batch.samples[i] for i in numbers], batch.skip_first_tokens
+    lengths = [batch.tokens(sample) for sample in samples]
     weights = [1.0 / n if normalization == "sequence" and n else 1.0 for n in lengths]
     repeats = torch.tensor(lengths)
     return Microbatch(
-        student_tokens=sides["student"][0],
-        student_index=sides["student"][1],
-        teacher_tokens=sides["teacher"][0],
-        teacher_index=sides["teacher"][1],
-        response_ids=_flatten([response[skip:] for response in responses], torch.long, device),
-        rollout_logprobs=_flatten([sample.rollout.logprobs[skip:] for _, sample in own], torch.float32, device),
-        sequence=torch.tensor([i for i, _ in own]).repeat_interleave(repeats).to(device),
+        student=_sequences(batch, [sample.sequence("student") for sample in samples], lengths, rows[0], device),
+        teacher=_sequences(batch, [sample.sequence("teacher") for sample in samples], lengths, rows[1], device),
+        response_ids=_flatten([sample.rollout.token_ids[skip:] for sample in samples], torch.long, device),
+        rollout_logprobs=_flatten([sample.rollout.logprobs[skip:] for sample in samples], torch.float32, device),
+        sequence=torch.tensor(numbers).repeat_interleave(repeats).to(device),
         token_weights=torch.tensor(weights).repeat_interleave(repeats).to(device),
         count=sum(lengths) if normalization == "token" else sum(n > 0 for n in lengths),
     )
+
+
+def _sequences(
+    batch: Batch, sequences: list[list[int]], trained: list[int], row: int, device: torch.device
+) -> Sequences:
+    """Rows of ``row`` tokens; the last ``trained`` positions of each sequence predict its response tokens."""
+    if batch.packing:
+        ends = list(accumulate(map(len, sequences)))
+        joined = [token for sequence in sequences for token in sequence]
+        tokens = torch.tensor([joined + [0] * (row - len(joined))])
+        index = [torch.arange(end - n, end) for end, n in zip(ends, trained, strict=True)]
+        boundaries = torch.tensor([0, *ends, *([row] if row > ends[-1] else [])], dtype=torch.int32).to(device)
+    else:
+        b = len(sequences)
+        tokens = torch.tensor([sequence + [0] * (row - len(sequence)) for sequence in sequences], dtype=torch.long)
+        index = [
+            torch.arange(len(sequence) - n, len(sequence)) * b + j
+            for j, (sequence, n) in enumerate(zip(sequences, trained, strict=True))
+        ]
+        boundaries = None
+    return Sequences(tokens.to(device), torch.cat(index).to(device), boundaries)
 
 
 def _flatten(rows: Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -25,15 +25,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
             command.add_argument("--world-size", type=int, help="ranks of the run, where known")
         if name == "evaluate":
             command.add_argument("--out", type=Path, help="write the responses to this JSONL")
+        if name == "plan":
+            _add_plan_options(command)
         add_overrides(command)
+    _add_convert(commands.add_parser("convert", help=CONVERT, description=CONVERT, allow_abbrev=False))
     parsed, unknown = parser.parse_known_args(arguments)
     options = vars(parsed)
     overrides = {name: options.pop(name) for name in fields() if name in options}
     warnings.filterwarnings("ignore", module=r"megatron\.core|torch")  # at import: what a machine does not have
     try:
         if unknown:
-            nearest = difflib.get_close_matches(unknown[0], [f"--{name}" for name in fields()], n=1, cutoff=0)[0]
+            own = {"convert": CONVERT_OPTIONS, "plan": [*PLAN_OPTIONS, *fields()]}
+            names = own.get(options["command"], fields())
+            nearest = difflib.get_close_matches(unknown[0], [f"--{name}" for name in names], n=1, cutoff=0)[0]
             raise UserError(f"{unknown[0]}: unknown option; the nearest valid one is {nearest}")
+        if options["command"] == "convert":
+            _convert(argparse.Namespace(**options))
+            return
         config = load_config(options["config"], overrides)
         COMMANDS[options["command"]][1](config, argparse.Namespace(**options))
     except UserError as error:
@@ -69,6 +77,32 @@ def _check(config: Config, options: argparse.Namespace) -> None:
     print(f"{options.config}: no mistakes found")
 
 
+PLAN_OPTIONS = ("nodes", "gpus-per-node", "gpu-memory-gib", "json")
+
+
+def _add_plan_options(command: argparse.ArgumentParser) -> None:
+    command.usage = (
+        "opsd plan FILE.toml --nodes N --gpus-per-node N --gpu-memory-gib GIB [--json] [--section.key VALUE ...]"
+    )
+    command.add_argument("--nodes", type=int, required=True, help="machines")
+    command.add_argument("--gpus-per-node", type=int, required=True, help="GPUs of each machine")
+    command.add_argument("--gpu-memory-gib", type=float, required=True, help="memory of each GPU")
+    command.add_argument("--json", action="store_true", help="print JSON, memory in bytes")
+
+
+def _plan(config: Config, options: argparse.Namespace) -> None:
+    """Exit status 1 where the run does not fit."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: what is planned is not this machine
+    from megatron_opsd.plan import Cluster, run_plan
+
+    for name in ("nodes", "gpus_per_node", "gpu_memory_gib"):
+        if not getattr(options, name) > 0:
+            raise UserError(f"--{name.replace('_', '-')} = {getattr(options, name)}: must be greater than 0")
+    cluster = Cluster(options.nodes, options.gpus_per_node, options.gpu_memory_gib)
+    if not run_plan(options.config, config, cluster, options.json):
+        sys.exit(1)
+
+
 def _evaluate(config: Config, options: argparse.Namespace) -> None:
     if config.evaluate.data is None:
         raise UserError("evaluate.data.path is missing; set it in the file or with --evaluate.data.path")
@@ -78,8 +112,40 @@ def _evaluate(config: Config, options: argparse.Namespace) -> None:
     evaluate_checkpoint(config, options.out)
 
 
+def _add_convert(command: argparse.ArgumentParser) -> None:
+    directions = command.add_subparsers(dest="direction", required=True)
+    for direction in ("hf-to-megatron", "megatron-to-hf"):
+        parser = directions.add_parser(direction, allow_abbrev=False)
+        parser.add_argument("--hf", type=Path, required=True, metavar="DIR", help="Hugging Face directory")
+        parser.add_argument("--megatron", type=Path, required=True, metavar="DIR", help="distributed checkpoint")
+        parser.add_argument("--verify", action="store_true", help="read both back and compare every tensor's checksum")
+        if direction == "hf-to-megatron":
+            parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="of the result, if not the files'")
+
+
+def _convert(options: argparse.Namespace) -> None:
+    import torch
+
+    from megatron_opsd.conversion import convert
+
+    ranks = "RANK" in os.environ  # torchrun's
+    if ranks:
+        torch.distributed.init_process_group("gloo")
+    if options.direction == "hf-to-megatron":
+        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, None: None}
+        convert.hf_to_megatron(options.hf, options.megatron, dtypes[options.dtype], options.verify)
+    else:
+        convert.megatron_to_hf(options.megatron, options.hf, options.verify)
+    if ranks:
+        torch.distributed.destroy_process_group()
+
+
+CONVERT = "A Hugging Face directory to a distributed checkpoint of Megatron, or back. In one process or under torchrun."
+CONVERT_OPTIONS = ("hf", "megatron", "dtype", "verify")
+
 COMMANDS = {
     "train": ("Train a model. Run under torchrun, one process a GPU.", _train),
     "check": ("Find mistakes in a configuration without starting anything.", _check),
+    "plan": ("Memory, batch and checkpoint sizes of a run on a cluster. Needs no GPU and no weights.", _plan),
     "evaluate": ("Greedy accuracy and Avg@k of a Hugging Face directory (model.path) on evaluate.data.", _evaluate),
 }

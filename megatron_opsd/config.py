@@ -181,7 +181,9 @@ class TrainConfig(Section):
     global_batch_size: Positive = 32
     """Sequences in a step, over all data-parallel ranks: problems times rollout.samples_per_prompt."""
     micro_batch_size: Positive = 1
-    """Sequences a rank computes at once."""
+    """Sequences a rank computes at once. With packing, their room: so many of a step's longest sequences."""
+    packing: bool = False
+    """Put sequences one after the other without padding; needs nemo-toolkit."""
     seed: NonNegative = 0
     """Seed of the sampler and of every rollout."""
 

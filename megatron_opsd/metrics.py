@@ -172,10 +172,9 @@ def _open_log(file: Path, start: int) -> TextIO:
 
 
 def _numbers(metrics: dict[str, float]) -> str:
-    rate = metrics["tokens"] / metrics["seconds_total"]
     phases = " ".join(f"{name} {metrics[f'seconds_{name}']:.2f}" for name in PHASES)
     accuracy = f"  accuracy {metrics['accuracy']:.2f}" if "accuracy" in metrics else ""
     return (
-        f"loss {metrics['loss']:.4f}{accuracy}  grad {metrics['grad_norm']:.2f}  {rate:.0f} tokens/s  "
-        f"{metrics['seconds_total']:.2f} s ({phases})"
+        f"loss {metrics['loss']:.4f}{accuracy}  grad {metrics['grad_norm']:.2f}  "
+        f"{metrics['tokens_per_second']:.0f} tokens/s  {metrics['seconds_total']:.2f} s ({phases})"
     )

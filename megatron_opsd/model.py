@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_opsd import parallel
+from megatron_opsd.batch import Sequences
 from megatron_opsd.config import ModelConfig, ParallelConfig
 from megatron_opsd.conversion.architecture import Architecture, MixtureOfExperts
 
@@ -42,7 +43,8 @@ class RMSNorm(torch.nn.RMSNorm):
 class SDPACoreAttention(MegatronModule):
     """Causal attention by torch's scaled_dot_product_attention, for machines without Transformer Engine.
 
-    Sequences are padded on the right, so the causal mask alone keeps padding out of every real position.
+    Padded sequences have their padding on the right, where the causal mask keeps it out of every real position. Packed
+    ones are computed one by one.
     """
 
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: object) -> None:
@@ -52,16 +54,22 @@ class SDPACoreAttention(MegatronModule):
 
     def forward(
         self,
-        query: Tensor,  # [s, b, np, hn]
-        key: Tensor,  # [s, b, ng, hn]
-        value: Tensor,  # [s, b, ng, hn]
+        query: Tensor,  # [s, b, np, hn]; packed: [t, np, hn]
+        key: Tensor,  # [s, b, ng, hn]; packed: [t, ng, hn]
+        value: Tensor,  # as key
         attention_mask: Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         assert attention_mask is None, "the causal mask is the only one"
-        assert packed_seq_params is None, "sequences are padded, not packed"
+        if packed_seq_params is None:
+            return self._attend(query, key, value)
+        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        parts = zip(*(x.unsqueeze(1).split(lengths) for x in (query, key, value)), strict=True)
+        return torch.cat([self._attend(*part) for part in parts])  # [t, 1, np*hn]
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, np, s, hn]
         grouped = query.shape[2] != key.shape[2]
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped)
@@ -220,6 +228,13 @@ def build_model(
     return gpt
 
 
-def positions(tokens: Tensor) -> Tensor:
-    """Position ids [b, s] of right-padded sequences."""
-    return torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+def read(model: torch.nn.Module, sequences: Sequences) -> Tensor:
+    """What the stage makes of one side of a micro-batch, [s, b, h], or [s/tp, b, h] under sequence parallelism."""
+    tokens, boundaries = sequences.tokens, sequences.boundaries
+    # Of right-padded sequences; where they are packed, the boundaries say where the rotation begins anew.
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    packed = None
+    if boundaries is not None:
+        longest = int(boundaries.diff().max())
+        packed = PackedSeqParams("thd", boundaries, boundaries, max_seqlen_q=longest, max_seqlen_kv=longest)
+    return model(tokens, positions, None, packed_seq_params=packed)

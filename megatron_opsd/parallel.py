@@ -3,6 +3,8 @@
 import os
 import random
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -43,6 +45,11 @@ class Layout:
         return self.pg_collection.dp
 
     @property
+    def expert_dp_group(self) -> dist.ProcessGroup:
+        """The ranks that hold the same experts."""
+        return self.pg_collection.expt_dp
+
+    @property
     def ep_group(self) -> dist.ProcessGroup:
         return self.pg_collection.ep
 
@@ -79,19 +86,39 @@ def initialize(config: ParallelConfig, seed: int) -> Layout:
         _join(timedelta(minutes=config.timeout_minutes))
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
+    layout = _build_groups(config)
+    seed_everything(seed)
+    return layout
+
+
+def _build_groups(config: ParallelConfig, create_gloo_process_groups: bool = True) -> Layout:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         expert_model_parallel_size=config.expert_model_parallel_size,
         expert_tensor_parallel_size=1,  # experts are small: more of them on a rank before a part of one
+        create_gloo_process_groups=create_gloo_process_groups,
         distributed_timeout_minutes=config.timeout_minutes,
     )
-    seed_everything(seed)
     return Layout(
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
     )
+
+
+@contextmanager
+def pretended_layout(rank: int, world_size: int, config: ParallelConfig) -> Iterator[Layout]:
+    """The groups as one rank of a cluster would see them, in a single process; collectives send nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        layout = _build_groups(config, create_gloo_process_groups=False)
+        seed_everything(0)
+        yield layout
+    finally:
+        finalize()
 
 
 def _join(timeout: timedelta) -> None:

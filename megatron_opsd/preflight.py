@@ -103,6 +103,8 @@ def check_rollout_parallel(config: Config, arch: Architecture, world_size: int |
 
 def check_batch(config: Config, world_size: int | None) -> None:
     """Batch sizes against each other and the data-parallel size."""
+    if config.train.packing:
+        check_installed("nemo", "train.packing's planner: pip install 'megatron-opsd[nemo]', or set it to false")
     size, samples = config.train.global_batch_size, config.rollout.samples_per_prompt
     _check_divides("rollout.samples_per_prompt", samples, "train.global_batch_size", size)
     if config.teacher.sees == "shuffled" and size == samples:

@@ -10,9 +10,9 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_opsd.batch import Batch, Microbatch
+from megatron_opsd.batch import Microbatch
 from megatron_opsd.config import Config, ObjectiveConfig
-from megatron_opsd.model import HiddenStateGPT, positions
+from megatron_opsd.model import HiddenStateGPT, read
 from megatron_opsd.objective import Divergence, linear_divergence
 from megatron_opsd.objective.statistics import DivergenceOutput
 from megatron_opsd.parallel import Layout
@@ -100,11 +100,7 @@ class Student:
         model.config.no_sync_func = self.ddp.no_sync
 
     def forward_backward(
-        self,
-        batch: Batch,
-        microbatches: Sequence[Microbatch],
-        teacher_head: Tensor | None,
-        targets: Sequence[Tensor],
+        self, microbatches: Sequence[Microbatch], teacher_head: Tensor | None, targets: Sequence[Tensor]
     ) -> LossSums:
         """Gradients of the global batch's mean divergence, summed over ranks and divided once, into ``main_grad``.
 
@@ -114,14 +110,15 @@ class Student:
         """
         self.ddp.zero_grad_buffer()
         self.ddp.train()
+        b, length = microbatches[0].student.tokens.shape  # for a pipeline, in which they all have one shape
         work = zip(microbatches, targets or [None] * len(microbatches), strict=True)
         reports = get_forward_backward_func()(
             forward_step_func=partial(self._forward_step, teacher_head),
             data_iterator=work,
             model=self.ddp,
             num_microbatches=len(microbatches),
-            seq_length=batch.student_length,
-            micro_batch_size=len(microbatches[0].student_tokens),
+            seq_length=length,
+            micro_batch_size=b,
             forward_only=False,
         )
         return reduce_loss(reports, self.layout)
@@ -130,8 +127,7 @@ class Student:
         self, teacher_head: Tensor | None, work: Iterator[tuple[Microbatch, Tensor]], model: DistributedDataParallel
     ) -> tuple[Tensor, partial]:
         microbatch, target = next(work)
-        hidden = model(microbatch.student_tokens, positions(microbatch.student_tokens), None)
-        return hidden, partial(self._loss, microbatch, target, teacher_head)
+        return read(model, microbatch.student), partial(self._loss, microbatch, target, teacher_head)
 
     def _loss(
         self, microbatch: Microbatch, target: Tensor, teacher_head: Tensor | None, hidden: Tensor
@@ -140,7 +136,7 @@ class Student:
         assert teacher_head is not None
         whole = self.model.head_input(hidden)  # [s, b, h]
         loss, out = linear_divergence(
-            whole.flatten(0, 1)[microbatch.student_index],  # [n, h]
+            whole.flatten(0, 1)[microbatch.student.index],  # [n, h]
             self.model.head_weight(),
             target,
             teacher_head,

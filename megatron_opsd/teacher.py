@@ -9,9 +9,9 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_opsd.batch import Batch, Microbatch
+from megatron_opsd.batch import Microbatch
 from megatron_opsd.conversion.export import Exporter
-from megatron_opsd.model import HiddenStateGPT, positions
+from megatron_opsd.model import HiddenStateGPT, read
 
 
 class Teacher:
@@ -24,19 +24,20 @@ class Teacher:
         self._placement = placement
 
     @torch.no_grad()
-    def score(self, batch: Batch, microbatches: Sequence[Microbatch]) -> list[Tensor]:
+    def score(self, microbatches: Sequence[Microbatch]) -> list[Tensor]:
         """Final hidden states [n, h] at the positions that predict each micro-batch's response tokens.
 
         On the last pipeline stage a list as long as ``microbatches``; elsewhere an empty one.
         """
         self._load()
+        b, length = microbatches[0].teacher.tokens.shape  # for a pipeline, in which they all have one shape
         targets = get_forward_backward_func()(
             forward_step_func=self._forward_step,
             data_iterator=iter(microbatches),
             model=self.model,
             num_microbatches=len(microbatches),
-            seq_length=batch.teacher_length,
-            micro_batch_size=len(microbatches[0].teacher_tokens),
+            seq_length=length,
+            micro_batch_size=b,
             forward_only=True,
         )
         self.offload()
@@ -44,11 +45,10 @@ class Teacher:
 
     def _forward_step(self, work: Iterator[Microbatch], model: HiddenStateGPT) -> tuple[Tensor, partial]:
         microbatch = next(work)
-        hidden = model(microbatch.teacher_tokens, positions(microbatch.teacher_tokens), None)
-        return hidden, partial(self._select, microbatch)
+        return read(model, microbatch.teacher), partial(self._select, microbatch)
 
     def _select(self, microbatch: Microbatch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        selected = self.model.head_input(hidden).flatten(0, 1)[microbatch.teacher_index]  # [n, h]
+        selected = self.model.head_input(hidden).flatten(0, 1)[microbatch.teacher.index]  # [n, h]
         return hidden.new_zeros(()), torch.zeros((), dtype=torch.int, device=hidden.device), selected
 
     def head_weight(self) -> Tensor | None:

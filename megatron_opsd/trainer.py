@@ -8,7 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_opsd import checkpoint, parallel
-from megatron_opsd.batch import Batch, Sample, build_batch, split
+from megatron_opsd.batch import Batch, Sample, padding_share, split
 from megatron_opsd.config import Config
 from megatron_opsd.conversion.architecture import read_architecture
 from megatron_opsd.conversion.export import Exporter
@@ -75,9 +75,9 @@ class Trainer:
             batch, config.train.micro_batch_size, layout.dp_group, config.objective.normalization, parallel.device()
         )
         with clock.phase("teacher"):
-            targets = self.teacher.score(batch, microbatches)
+            targets = self.teacher.score(microbatches)
         with clock.phase("student"):
-            losses = self.student.forward_backward(batch, microbatches, self.teacher.head_weight(), targets)
+            losses = self.student.forward_backward(microbatches, self.teacher.head_weight(), targets)
         check_logprob_gap(losses, rollouts[0].weight_version, config)
         with clock.phase("optimizer"):
             grad_norm, lr = optimizer_step(self.optimizer, self.schedule)
@@ -94,9 +94,11 @@ class Trainer:
             "grad_norm": grad_norm,
             "lr": lr,
             "tokens": losses.tokens,
+            "padding_share": padding_share(batch, config.train.micro_batch_size, layout.dp_group.size()),
             "response_length": sum(len(rollout.token_ids) for rollout in rollouts) / len(rollouts),
             "weight_version": rollouts[0].weight_version,
-            **clock.seconds(),
+            **(seconds := clock.seconds()),
+            "tokens_per_second": losses.tokens / seconds["seconds_total"],
             "memory_peak_gib": memory_peak_gib(),
         }
         return StepResult(metrics, examples, rollouts, correct)
@@ -123,7 +125,8 @@ class Trainer:
 
     def _load_model(self, reader: HFReader) -> HiddenStateGPT:
         model = build_model(self.table.arch, self.config.model, self.config.parallel, self.layout.pg_collection)
-        load_hf(model, reader, self.table, self.layout.shard)
+        layout = self.layout
+        load_hf(model, reader, self.table, layout.shard, layout.dp_group, layout.expert_dp_group)
         return model
 
     def _exporter(self, model: HiddenStateGPT) -> Exporter:
@@ -162,7 +165,8 @@ class Trainer:
         layout = self.config.parallel
         multiple = layout.tensor_model_parallel_size if layout.sequence_parallel else 1
         one_length = layout.pipeline_model_parallel_size > 1
-        return build_batch(samples, self.config.prompts.skip_first_tokens, multiple, one_length)
+        skip, packing = self.config.prompts.skip_first_tokens, self.config.train.packing
+        return Batch(samples, skip, multiple, one_length, packing)
 
     def _teacher_prompts(self, examples: Sequence[Example]) -> list[list[int]]:
         sees = self.config.teacher.sees

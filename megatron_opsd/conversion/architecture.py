@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_opsd.conversion.published import PUBLISHED
 from megatron_opsd.conversion.tables import FAMILIES
 from megatron_opsd.errors import UserError
 
@@ -57,16 +58,12 @@ class Architecture:
         return -(-self.vocab_size // multiple) * multiple
 
 
+@dataclass(frozen=True)
 class _ConfigFile:
     """A config.json whose fields are asked for one by one."""
 
-    def __init__(self, path: str | Path) -> None:
-        self.file = Path(path) / "config.json"
-        if not Path(path).is_dir():
-            raise UserError(f"{path}: no such directory; model.path must be a local Hugging Face checkpoint")
-        if not self.file.is_file():
-            raise UserError(f"{self.file}: not found; model.path must be a Hugging Face checkpoint with a config.json")
-        self.raw = json.loads(self.file.read_text())
+    file: Path
+    raw: dict[str, Any]
 
     def __getitem__(self, name: str) -> Any:
         if self.raw.get(name) is None:
@@ -85,7 +82,30 @@ def read_architecture(path: str | Path) -> Architecture:
     Raises:
         UserError: no such file, a field missing, or a feature of the architecture that is not supported.
     """
-    config = _ConfigFile(path)
+    file = Path(path) / "config.json"
+    if not Path(path).is_dir():
+        raise UserError(f"{path}: no such directory; model.path must be a local Hugging Face checkpoint")
+    if not file.is_file():
+        raise UserError(f"{file}: not found; model.path must be a Hugging Face checkpoint with a config.json")
+    return _parse(_ConfigFile(file, json.loads(file.read_text())))
+
+
+def published_architecture(path: str) -> Architecture:
+    """The architecture of a published model, by the last part of its path or id (``Qwen/Qwen3-32B``), without files.
+
+    Raises:
+        UserError: not the name of a model in published.py.
+    """
+    name = Path(path).name
+    if name not in PUBLISHED:
+        raise UserError(
+            f"{path}: holds no config.json, and {name!r} is not one of {', '.join(PUBLISHED)}; "
+            "put the model's config.json there, or name one of these"
+        )
+    return _parse(_ConfigFile(Path(name, "config.json"), PUBLISHED[name]))
+
+
+def _parse(config: _ConfigFile) -> Architecture:
     if config["model_type"] not in FAMILIES:
         raise config.refuse("model_type", ", ".join(map(repr, FAMILIES)))
     for name, supported in _SUPPORTED.items():

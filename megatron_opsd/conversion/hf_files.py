@@ -1,9 +1,12 @@
 """Hugging Face checkpoint directories: reading slices of tensors, writing shards with their index."""
 
 import json
+import math
+import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -11,11 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_opsd.conversion.mapping import Shape
+from megatron_opsd.conversion.output import Output
 from megatron_opsd.errors import UserError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_BYTES = 5 * 2**30
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 class HFReader:
@@ -24,6 +29,7 @@ class HFReader:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._files: dict[str, safe_open] = {}
+        self._headers: dict[str, tuple[BinaryIO, int, dict[str, Any]]] = {}  # with where the data begin
         if (self.path / INDEX).is_file():
             self._file_of: dict[str, str] = json.loads((self.path / INDEX).read_text())["weight_map"]
         elif (self.path / SINGLE).is_file():
@@ -58,12 +64,84 @@ class HFReader:
         if extra:
             raise UserError(f"{self.path}: {len(extra)} tensors the architecture does not have, first {extra[0]}")
 
+    def dtype(self) -> torch.dtype:
+        """The one dtype of all tensors.
+
+        Raises:
+            UserError: there are several, or one that no model here has.
+        """
+        names = sorted({self._open(file).get_slice(name).get_dtype() for name, file in self._file_of.items()})
+        known = [dtype for dtype, name in _NAMES.items() if [name] == names]
+        if not known:
+            raise UserError(f"{self.path}: its tensors are {', '.join(names)}; choose one of them with --dtype")
+        return known[0]
+
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows ``start:stop`` along ``dim`` of a tensor (all of it where ``dim`` is None)."""
         tensor = self._open(self._file_of[name]).get_slice(name)
         if dim is None:
             return tensor[:]
         return tensor[(slice(None),) * dim + (slice(start, stop),)]
+
+    def prefetch(self, name: str, start: int = 0, stop: int | None = None) -> None:
+        """Have the disk read what :meth:`read` of rows ``start:stop`` will want."""
+        file = self._file_of[name]
+        if file not in self._headers:
+            descriptor = (self.path / file).open("rb")
+            length = int.from_bytes(descriptor.read(8), "little")
+            self._headers[file] = descriptor, 8 + length, json.loads(descriptor.read(length))
+        descriptor, data, header = self._headers[file]
+        first, last = header[name]["data_offsets"]
+        row = (last - first) // header[name]["shape"][0]
+        end = last if stop is None else first + stop * row
+        first += start * row
+        os.posix_fadvise(descriptor.fileno(), data + first, end - first, os.POSIX_FADV_WILLNEED)
+
+
+def shard_name(index: int, count: int) -> str:
+    return SINGLE if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def write_index(path: Path, shards: Sequence[Iterable[str]], total_size: int) -> None:
+    """Write which shard holds which tensor, where there are several."""
+    if len(shards) > 1:
+        files = {name: shard_name(i, len(shards)) for i, names in enumerate(shards) for name in names}
+        index = {"metadata": {"total_size": total_size}, "weight_map": files}
+        (path / INDEX).write_text(json.dumps(index, indent=2))
+
+
+def copy_model_files(source: Path, target: Path, dtype: torch.dtype) -> None:
+    """Copy configuration, tokenizer and generation files: everything but weights and their index."""
+    target.mkdir(exist_ok=True)
+    for file in source.iterdir():
+        if file.is_file() and file.suffix not in {".safetensors", ".bin", ".pt", ".pth"} and file.name != INDEX:
+            shutil.copyfile(file, target / file.name)
+    _set_dtype(target / "config.json", dtype)
+
+
+class ShardWriter:
+    """Writes a safetensors file whose tensors come in order and in parts, so that none need be held whole."""
+
+    def __init__(self, file: Path, tensors: dict[str, Shape], dtype: torch.dtype) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, shape in tensors.items():
+            start, end = end, end + math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)  # the format wants the tensors aligned
+        self._file = Output(file)
+        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._size = 8 + len(text) + end
+
+    def write(self, tensor: Tensor) -> None:
+        """The next rows of the tensor that is being written, or the first of the next tensor."""
+        self._file.write(tensor.contiguous().view(torch.uint8).numpy().data)
+
+    def close(self) -> None:
+        """Returns when the file is on the disk."""
+        assert self._file.tell() == self._size
+        self._file.close()
 
 
 def write_hf(tensors: Iterable[tuple[str, Tensor]], source: Path, target: Path, dtype: torch.dtype) -> None:
@@ -72,10 +150,7 @@ def write_hf(tensors: Iterable[tuple[str, Tensor]], source: Path, target: Path, 
     staging = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    for file in source.iterdir():
-        if file.is_file() and file.suffix not in {".safetensors", ".bin", ".pt", ".pth"} and file.name != INDEX:
-            shutil.copyfile(file, staging / file.name)
-    _set_dtype(staging / "config.json", dtype)
+    copy_model_files(source, staging, dtype)
     shards: list[list[str]] = []
     pending: dict[str, Tensor] = {}
     size = total = 0
@@ -93,16 +168,9 @@ def write_hf(tensors: Iterable[tuple[str, Tensor]], source: Path, target: Path, 
         size += tensor.nbytes
         total += tensor.nbytes
     flush()
-    if len(shards) == 1:
-        (staging / "shard-0").rename(staging / SINGLE)
-    else:
-        weight_map = {}
-        for i, names in enumerate(shards):
-            file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-            (staging / f"shard-{i}").rename(staging / file)
-            weight_map |= dict.fromkeys(names, file)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (staging / INDEX).write_text(json.dumps(index, indent=2))
+    for i in range(len(shards)):
+        (staging / f"shard-{i}").rename(staging / shard_name(i, len(shards)))
+    write_index(staging, shards, total)
     if target.exists():
         shutil.rmtree(target)
     staging.rename(target)

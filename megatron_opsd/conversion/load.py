@@ -1,6 +1,7 @@
-"""Hugging Face files into a Megatron model of any layout; each rank reads only its slices."""
+"""Hugging Face files into a Megatron model of any layout; a rank reads only its slices."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_opsd.conversion.hf_files import HFReader
@@ -22,14 +23,29 @@ def global_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 @torch.no_grad()
-def load_hf(model: nn.Module, reader: HFReader, table: NameTable, shard: Shard) -> None:
-    """Fill ``model`` (one rank's stage and shard) from a Hugging Face directory."""
+def load_hf(
+    model: nn.Module,
+    reader: HFReader,
+    table: NameTable,
+    shard: Shard,
+    dp_group: dist.ProcessGroup | None = None,
+    expert_dp_group: dist.ProcessGroup | None = None,
+) -> None:
+    """Fill ``model`` (one rank's stage and shard) from a Hugging Face directory.
+
+    dp_group, expert_dp_group: the ranks that hold the same parameters, or the same experts. With them the first of a
+    group reads and the others are sent what it read, so that a cluster reads each file once.
+    """
     first_expert = shard.ep_rank * table.experts_per_rank(shard.ep_size)
     for name, parameter in global_parameters(model):
         rule = table.rule(name, first_expert)
-        weight = rule.fuse([_read_slice(reader, rule, hf_name, shard, parameter) for hf_name in rule.hf])
-        assert weight.shape == parameter.shape, (name, weight.shape, parameter.shape)
-        parameter.copy_(weight)
+        group = expert_dp_group if rule.is_expert else dp_group
+        if group is None or group.rank() == 0:
+            weight = rule.fuse([_read_slice(reader, rule, hf_name, shard, parameter) for hf_name in rule.hf])
+            assert weight.shape == parameter.shape, (name, weight.shape, parameter.shape)
+            parameter.copy_(weight)
+        if group is not None and group.size() > 1:
+            dist.broadcast(parameter, group_src=0, group=group)
 
 
 def _read_slice(reader: HFReader, rule: Rule, hf_name: str, shard: Shard, target: Tensor) -> Tensor:

@@ -3,16 +3,21 @@
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core import dist_checkpointing
 from safetensors.torch import load_file, save_file
 
 from megatron_opsd import checkpoint, parallel
-from megatron_opsd.batch import build_batch, split
+from megatron_opsd.batch import Batch, Sequences, split
 from megatron_opsd.config import Config, ObjectiveConfig, OptimConfig, ParallelConfig, TrainConfig
 from megatron_opsd.conversion.architecture import read_architecture
+from megatron_opsd.conversion.blocks import whole_model
+from megatron_opsd.conversion.convert import hf_to_megatron, megatron_to_hf
+from megatron_opsd.conversion.dist_files import DistReader
 from megatron_opsd.conversion.export import Exporter, checksum
 from megatron_opsd.conversion.hf_files import HFReader, write_hf
 from megatron_opsd.conversion.load import global_parameters, load_hf
@@ -36,6 +41,7 @@ class Case:
     ep: int = 1
     sequence_parallel: bool = False
     micro_batch_size: int = 2
+    packing: bool = False
     normalization: str = "token"
     recompute: str = "none"
     distributed_optimizer: bool = False
@@ -69,7 +75,7 @@ MODELS: dict[str, dict] = {
     "qwen3_moe-tied": {"num_hidden_layers": 3, "norm_topk_prob": False},
 }
 QWEN3 = {
-    1: [Case(), Case(micro_batch_size=4), Case(normalization="sequence"), Case(recompute="full")],
+    1: [Case(), Case(micro_batch_size=4), Case(normalization="sequence"), Case(recompute="full"), Case(packing=True)],
     2: [
         Case(tp=2),
         Case(tp=2, normalization="sequence"),
@@ -77,6 +83,7 @@ QWEN3 = {
         Case(tp=2, sequence_parallel=True, recompute="full", micro_batch_size=4),
         Case(pp=2),
         Case(pp=2, normalization="sequence", micro_batch_size=4),
+        Case(packing=True, normalization="sequence"),
         Case(),  # two data-parallel ranks
         Case(normalization="sequence", micro_batch_size=4),
         Case(distributed_optimizer=True),
@@ -84,6 +91,7 @@ QWEN3 = {
     4: [
         Case(tp=2, pp=2),
         Case(tp=2, pp=2, sequence_parallel=True, normalization="sequence"),
+        Case(tp=2, pp=2, sequence_parallel=True, packing=True, recompute="full"),
         Case(tp=2, sequence_parallel=True),  # times two data-parallel ranks
         Case(pp=2),
         Case(pp=2, distributed_optimizer=True),
@@ -109,6 +117,7 @@ CASES = {
             Case(tp=2, ep=2, sequence_parallel=True),
             Case(tp=2, ep=4, sequence_parallel=True),
             Case(pp=2, ep=2, recompute="full"),
+            Case(ep=2, packing=True, micro_batch_size=1),
         ],
     },
     "qwen3_moe-tied": {
@@ -130,7 +139,9 @@ def build(config: Config, layout: Layout) -> HiddenStateGPT:
     arch = read_architecture(config.model.path)
     model = build_model(arch, config.model, config.parallel, layout.pg_collection)
     reader = HFReader(config.model.path)
-    load_hf(model, reader, NameTable(arch), layout.shard)
+    if layout.dp_group.rank() > 0 and layout.expert_dp_group.rank() > 0:
+        reader = None  # the first of its replicas sends everything
+    load_hf(model, reader, NameTable(arch), layout.shard, layout.dp_group, layout.expert_dp_group)  # type: ignore[arg-type]
     return model
 
 
@@ -157,6 +168,23 @@ def check_conversion(model: HiddenStateGPT, path: str, layout: Layout, out: Path
         assert all(torch.equal(written[name], reader.read(name)) for name in streamed)
 
 
+def check_loading(model: HiddenStateGPT, folder: Path) -> None:
+    """Megatron itself loads a converted checkpoint into any layout, the vocabulary's padding as zeros."""
+    state = dist_checkpointing.load(model.sharded_state_dict(), str(folder))
+    assert isinstance(state, dict)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(state[name], parameter), name
+
+
+def check_reading(folder: Path, path: str, saved: dict[str, torch.Tensor]) -> None:
+    """A training checkpoint of any layout holds these weights, block by block."""
+    blocks, reader = list(whole_model(NameTable(read_architecture(path)))), DistReader(folder)
+    reader.check(blocks)
+    for block in blocks:
+        for name, part in zip(block.rule.hf, block.rule.split(reader.read(block)), strict=True):
+            assert torch.equal(part, saved[f"{name} after the step"][block.start : block.stop]), name
+
+
 def check_logits(teacher: Teacher, targets: list[torch.Tensor], microbatches: list, path: str, layout: Layout) -> None:
     """Logits at the response positions equal transformers' within 1e-5."""
     if not layout.is_last_stage:
@@ -171,8 +199,16 @@ def check_logits(teacher: Teacher, targets: list[torch.Tensor], microbatches: li
         shards = [torch.empty_like(local) for _ in range(layout.tp_group.size())]
         dist.all_gather(shards, local, group=layout.tp_group)
         with torch.no_grad():
-            want = reference(microbatch.teacher_tokens).logits.transpose(0, 1).flatten(0, 1)[microbatch.teacher_index]
+            want = logits_by(reference, microbatch.teacher)[microbatch.teacher.index]
         torch.testing.assert_close(torch.cat(shards, 1)[:, :vocab], want, rtol=0, atol=1e-5)
+
+
+def logits_by(reference: Any, sequences: Sequences) -> torch.Tensor:
+    """Logits of every position, [s*b, v]; packed sequences are read one by one."""
+    if sequences.boundaries is None:
+        return reference(sequences.tokens).logits.transpose(0, 1).flatten(0, 1)
+    parts = sequences.tokens[0].split(sequences.boundaries.diff().tolist())
+    return torch.cat([reference(part[None]).logits[0] for part in parts if len(part)])
 
 
 def gradients(student: Student, path: str, layout: Layout) -> dict[str, torch.Tensor]:
@@ -199,20 +235,20 @@ class Run:
         self.optimizer = build_optimizer(self.student, config.optim)
         self.schedule = build_schedule(self.optimizer, config.optim, steps=10)
         multiple, one_length = self.case.tp, self.case.pp > 1
-        self.batch = build_batch(random_samples(BATCH), skip_first_tokens=1, multiple=multiple, one_length=one_length)
+        batch = Batch(random_samples(BATCH), 1, multiple, one_length, self.case.packing)
         self.microbatches = split(
-            self.batch,
+            batch,
             self.case.micro_batch_size,
             self.layout.dp_group,
             config.objective.normalization,
             parallel.device(),
         )
-        self.targets = self.teacher.score(self.batch, self.microbatches)
+        self.targets = self.teacher.score(self.microbatches)
 
     def step(self) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
         """Gradients as whole tensors (none where the optimizer shards them), and all logged numbers."""
         head = self.teacher.head_weight()
-        losses = self.student.forward_backward(self.batch, self.microbatches, head, self.targets)
+        losses = self.student.forward_backward(self.microbatches, head, self.targets)
         grads = {} if self.case.distributed_optimizer else gradients(self.student, self.path, self.layout)
         grads = {name: grad.clone() for name, grad in grads.items()}
         grad_norm, _ = optimizer_step(self.optimizer, self.schedule)
@@ -249,7 +285,8 @@ def relay(case: Case, path: str, layout: Layout, tmp: str) -> None:
         run.schedule.step(1)
         saved = load_file(run_dir / "first_step")
         assert all(torch.equal(tensor, saved[name]) for name, tensor in run.weights().items())
-    checkpoint.save(run_dir, model, optimizer, checkpoint.Progress(1, {}, "a teacher"))
+    saved_in = checkpoint.save(run_dir, model, optimizer, checkpoint.Progress(1, {}, "a teacher"))
+    check_reading(saved_in, path, load_file(run_dir / "first_step"))
     _, numbers = run.step()
     if layout.world_size == 1:
         save_file(run.weights(), reference)
@@ -264,6 +301,10 @@ def worker(paths: list[str], tmp: str) -> None:
             layout = parallel.initialize(case.config(path).parallel, seed=1)
             if i == 0:
                 check_conversion(build(case.config(path), layout), path, layout, Path(tmp) / "exported")
+                converted = Path(tmp) / f"{Path(path).name}_by_{world_size}"
+                hf_to_megatron(Path(path), converted, dtype=None, verify=True)
+                megatron_to_hf(converted, converted.with_suffix(".hf"), verify=True)
+            check_loading(build(case.config(path), layout), converted)
             compute(case, path, layout, tmp)
         if Path(path).name == RELAY_MODEL:
             for case in RELAY[world_size]:

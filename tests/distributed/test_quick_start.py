@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_opsd import parallel
-from megatron_opsd.batch import Sample, build_batch, split
+from megatron_opsd.batch import Batch, Sample, split
 from megatron_opsd.config import load_config
 from megatron_opsd.conversion.architecture import read_architecture
 from megatron_opsd.conversion.hf_files import HFReader
@@ -120,9 +120,9 @@ def three_readers(run_dir: str, overrides: dict[str, str]) -> None:
 
     megatron = build_model(table.arch, config.model, config.parallel, layout.pg_collection)
     load_hf(megatron, reader, table, Shard())
-    batch = build_batch([Sample(prompt, prompt, rollout) for prompt, rollout in zip(ids, rollouts, strict=True)])
+    batch = Batch([Sample(prompt, prompt, rollout) for prompt, rollout in zip(ids, rollouts, strict=True)])
     (microbatch,) = split(batch, 64, layout.dp_group, "token", parallel.device())
-    (hidden,) = Teacher(megatron, "resident").score(batch, [microbatch])
+    (hidden,) = Teacher(megatron, "resident").score([microbatch])
     logits = (hidden @ megatron.head_weight().T)[:, : table.arch.vocab_size]  # [n, v]
     assert (logits.argmax(1) == microbatch.response_ids).all()
     logprobs = logits.log_softmax(1).gather(1, microbatch.response_ids[:, None])[:, 0]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from .command_line import ARITHMETIC, opsd, read_jsonl, write_problems
+from .command_line import ARITHMETIC, ROOT, opsd, python, read_jsonl, write_problems
 from .tiny import write_model
 
 QUICK = {
@@ -63,6 +63,19 @@ def test_resumed_run_equals_the_unbroken_one_bit_for_bit(unbroken: Path) -> None
     assert tokens(run_dir, 4) == tokens(unbroken, 4)
     weights, wanted = (load_file(path / "hf" / "model.safetensors") for path in (run_dir, unbroken))
     assert all((weights[name] == wanted[name]).all() for name in wanted)
+
+
+def test_a_checkpoint_converts_to_what_the_run_exports(unbroken: Path) -> None:
+    """TP2's, with all optimizer states beside the weights; configuration and tokenizer from the run's model."""
+    out = unbroken.with_name("converted")
+    arguments = ("--megatron", unbroken / "checkpoints" / "step_000004", "--hf", out, "--verify")
+    python(ROOT / "tools" / "convert_megatron_to_hf.py", *arguments)
+    weights, wanted = (load_file(path / "model.safetensors") for path in (out, unbroken / "hf"))
+    assert weights.keys() == wanted.keys()
+    assert all(weights[name].dtype == wanted[name].dtype for name in wanted)
+    assert all((weights[name] == wanted[name]).all() for name in wanted)
+    for file in (unbroken / "hf").iterdir():
+        assert file.suffix == ".safetensors" or (out / file.name).read_bytes() == file.read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_opsd.batch import Batch, Microbatch, Sample, build_batch, split
+from megatron_opsd.batch import SIDES, Batch, Microbatch, Sample, padding_share, split
 from megatron_opsd.types import Rollout
 
 
@@ -47,15 +47,15 @@ def predicted(tokens: torch.Tensor, index: torch.Tensor, whole: list[list[int]])
 @pytest.mark.parametrize("skip", [0, 1, 2, 9])
 @pytest.mark.parametrize("multiple", [1, 4])
 def test_both_sides_predict_the_same_response_tokens(skip: int, multiple: int) -> None:
-    (micro,) = microbatches(build_batch(SAMPLES, skip, multiple), 4)
+    (micro,) = microbatches(Batch(SAMPLES, skip, multiple), 4)
     wanted = [token for x in SAMPLES for token in x.rollout.token_ids[skip:]]
     assert micro.response_ids.tolist() == wanted
     student = [x.student_prompt + x.rollout.token_ids for x in SAMPLES]
     teacher = [x.teacher_prompt + x.rollout.token_ids for x in SAMPLES]
-    assert predicted(micro.student_tokens, micro.student_index, student) == wanted
-    assert predicted(micro.teacher_tokens, micro.teacher_index, teacher) == wanted
-    assert micro.student_tokens.shape[1] % multiple == micro.teacher_tokens.shape[1] % multiple == 0
-    for row, sequence in zip(micro.student_tokens.tolist(), student, strict=True):
+    assert predicted(micro.student.tokens, micro.student.index, student) == wanted
+    assert predicted(micro.teacher.tokens, micro.teacher.index, teacher) == wanted
+    assert micro.student.tokens.shape[1] % multiple == micro.teacher.tokens.shape[1] % multiple == 0
+    for row, sequence in zip(micro.student.tokens.tolist(), student, strict=True):
         assert row[: len(sequence) - 1] == sequence[:-1]
         assert not any(row[len(sequence) - 1 :])
     assert micro.rollout_logprobs.tolist() == pytest.approx([-0.1 * token for token in wanted])
@@ -63,7 +63,7 @@ def test_both_sides_predict_the_same_response_tokens(skip: int, multiple: int) -
 
 
 def test_weights_of_the_two_normalizations() -> None:
-    batch = build_batch(SAMPLES)
+    batch = Batch(SAMPLES)
     (by_token,) = microbatches(batch, 4)
     assert by_token.token_weights.tolist() == [1.0] * 6
     (by_sequence,) = microbatches(batch, 4, normalization="sequence")
@@ -74,20 +74,58 @@ def test_weights_of_the_two_normalizations() -> None:
 
 @pytest.mark.parametrize("one_length", [False, True])
 def test_ranks_and_micro_batches_share_the_samples_out(one_length: bool) -> None:
-    batch = build_batch(SAMPLES, one_length=one_length)
-    assert (batch.student_length, batch.teacher_length) == (4, 6)
+    batch = Batch(SAMPLES, one_length=one_length)
     seen, lengths = [], []
     for rank in range(2):
         for micro in microbatches(batch, 1, Group(rank, 2)):
-            lengths.append((micro.student_tokens.shape[1], micro.teacher_tokens.shape[1]))
+            lengths.append((micro.student.tokens.shape[1], micro.teacher.tokens.shape[1]))
             seen += micro.sequence.tolist()
     assert sorted(seen) == [0, 0, 0, 1, 2, 2]
     assert lengths == ([(4, 6)] * 4 if one_length else [(4, 6), (4, 3), (1, 1), (0, 1)])
 
 
 def test_a_micro_batch_without_response_tokens() -> None:
-    micro = microbatches(build_batch(SAMPLES), 1)[3]
+    micro = microbatches(Batch(SAMPLES), 1)[3]
     assert micro.count == 0
-    for empty in (micro.student_index, micro.teacher_index, micro.response_ids, micro.token_weights, micro.sequence):
+    for empty in (micro.student.index, micro.teacher.index, micro.response_ids, micro.token_weights, micro.sequence):
         assert empty.shape == (0,)
-    assert micro.student_index.dtype == torch.long
+    assert micro.student.index.dtype == torch.long
+
+
+@pytest.mark.parametrize("skip", [0, 2])
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_packed_rows_hold_the_sequences_one_after_the_other(skip: int, multiple: int) -> None:
+    batch = Batch(SAMPLES, skip, multiple, packing=True)
+    micros = microbatches(batch, 2)
+    assert len(micros) == 1  # 6 + 3 + 2 + 1 teacher tokens in room for twice the longest
+    (micro,) = micros
+    order = [0, 2, 1, 3]  # by decreasing length
+    for side, sequences in zip(SIDES, (micro.student, micro.teacher), strict=True):
+        whole = [token for i in order for token in SAMPLES[i].sequence(side)]
+        row, boundaries = sequences.tokens[0].tolist(), sequences.boundaries
+        assert row == whole + [0] * (-len(whole) % multiple)
+        assert boundaries is not None
+        lengths = [len(SAMPLES[i].sequence(side)) for i in order] + [-len(whole) % multiple]
+        assert boundaries.diff().tolist() == lengths[: len(boundaries) - 1]
+        followers = [*whole[1:], 0]
+        last = {i: SAMPLES[i].rollout.token_ids[-1] for i in order if SAMPLES[i].rollout.token_ids}
+        ends = boundaries.tolist()[1:]
+        for k, i in enumerate(order):  # a sequence's last position predicts its last token, which it does not contain
+            if i in last:
+                followers[ends[k] - 1] = last[i]
+        assert [followers[int(place)] for place in sequences.index] == micro.response_ids.tolist()
+    assert micro.response_ids.tolist() == [token for i in order for token in SAMPLES[i].rollout.token_ids[skip:]]
+
+
+def test_packing_has_as_many_micro_batches_on_every_rank_and_less_padding() -> None:
+    long = [sample([1] * 9, [1] * 90, [2] * 10)] * 2
+    short = [sample([1], [1], [2])] * 6
+    samples = [long[0], short[0], long[1], *short[1:]]  # rank 0 has both long ones
+    packed, padded = (Batch(samples, packing=packing) for packing in (True, False))
+    plan = packed.plan(2, 2)
+    assert [len(rank) for rank in plan] == [2, 2]
+    assert sorted(i for rank in plan for numbers in rank for i in numbers) == list(range(8))
+    assert all(i % 2 == rank for rank in range(2) for numbers in plan[rank] for i in numbers)
+    assert padding_share(packed, 2, 2) == 0
+    assert padding_share(padded, 4, 2) > 0.4
+    assert padding_share(Batch(samples, one_length=True), 1, 2) > 0.7

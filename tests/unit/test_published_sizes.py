@@ -6,28 +6,23 @@ for. Each element of each Hugging Face tensor must have been read by the right n
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
-from megatron_opsd import parallel
 from megatron_opsd.config import Config, ModelConfig, ParallelConfig
 from megatron_opsd.conversion.architecture import Architecture, read_architecture
 from megatron_opsd.conversion.load import global_parameters, load_hf
 from megatron_opsd.conversion.mapping import NameTable, Shape, Shard
+from megatron_opsd.conversion.published import PUBLISHED
 from megatron_opsd.model import HiddenStateGPT, build_model
+from megatron_opsd.parallel import pretended_layout
 from megatron_opsd.preflight import check_parallel
-
-from .published import PUBLISHED
 
 # Tensor-, pipeline-, expert-parallel sizes and ranks: layers that stages do not share evenly, as many tensor-parallel
 # ranks as there are query groups, experts over more ranks than tensor parallelism has and, in the twins, over fewer.
@@ -43,24 +38,6 @@ LAYOUTS = {
     "Qwen2.5-1.5B": [(2, 2, 1, 8)],
     "Qwen2.5-7B": [(4, 3, 1, 24)],
 }
-
-
-@contextmanager
-def layout_of(rank: int, world_size: int, config: ParallelConfig) -> Iterator[parallel.Layout]:
-    """Megatron's groups as one rank of a large cluster sees them; nothing is ever sent."""
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    state = parallel.parallel_state
-    state.initialize_model_parallel(
-        config.tensor_model_parallel_size,
-        config.pipeline_model_parallel_size,
-        expert_model_parallel_size=config.expert_model_parallel_size,
-        expert_tensor_parallel_size=1,
-        create_gloo_process_groups=False,
-    )
-    parallel.seed_everything(0)
-    yield parallel.Layout(parallel.ProcessGroupCollection.use_mpu_process_groups(), rank, world_size)
-    state.destroy_model_parallel()
-    dist.destroy_process_group()
 
 
 def parallel_config(tp: int, pp: int, ep: int) -> ParallelConfig:
@@ -100,7 +77,7 @@ def hf_shapes(path: Path) -> dict[str, Shape]:
 
 
 def parameters_of(rank: int, world_size: int, arch: Architecture, config: ParallelConfig) -> HiddenStateGPT:
-    with layout_of(rank, world_size, config) as layout, torch.device("meta"):
+    with pretended_layout(rank, world_size, config) as layout, torch.device("meta"):
         return build_model(arch, ModelConfig(path="unread"), config, layout.pg_collection).to("meta")
 
 
@@ -111,7 +88,7 @@ def describe(model: HiddenStateGPT) -> list[tuple[str, torch.Size]]:
 def check_layout(arch: Architecture, shapes: dict[str, Shape], config: ParallelConfig, world_size: int) -> None:
     stages: dict[int, list[tuple[int, Shard]]] = defaultdict(list)
     for rank in range(world_size):
-        with layout_of(rank, world_size, config) as layout:
+        with pretended_layout(rank, world_size, config) as layout:
             stages[layout.pp_group.rank()].append((rank, layout.shard))
     table, ledger = NameTable(arch), Ledger(shapes)
     for stage, ranks in stages.items():
@@ -195,7 +172,7 @@ def check_order(arch: Architecture, config: ParallelConfig, world_size: int) -> 
     marked = Marked(table.hf_tensors())
     shards: set[Shard] = set()
     for rank in range(world_size):
-        with layout_of(rank, world_size, config) as layout:
+        with pretended_layout(rank, world_size, config) as layout:
             shards.add(layout.shard)
             if rank == 0:
                 model = build_model(arch, ModelConfig(path="unread", dtype="float32"), config, layout.pg_collection)

@@ -1,4 +1,4 @@
-"""The published sizes: what their config.json files say of the architecture."""
+"""What the config.json files of published sizes say of the architecture, so that plans need no download."""
 
 COMMON = {
     "hidden_act": "silu",

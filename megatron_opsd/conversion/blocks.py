@@ -1,0 +1,101 @@
+"""A whole model as a list of blocks: what Megatron's checkpoint calls a piece of a tensor, and which Hugging Face rows
+it is made of. The same list serves both directions, the verification, and any number of ranks.
+
+Checkpoints know no layout: tensors are whole, those of all layers stacked, those of all experts too. A key is the
+parameter's name without its numbers, as Transformer Engine's layers have it.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from megatron_opsd.conversion.mapping import NameTable, Rule, Shape
+from megatron_opsd.conversion.tables import FAMILIES, Row
+
+BLOCK_ELEMENTS = 2**25  # 64 MiB in bfloat16; QKV of a layer is one block, whatever its size
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows of one layer's (and expert's) part of a tensor.
+
+    key, other_key: the tensor in the checkpoint; ``other_key`` holds the same values, for models whose layers ask for
+        another name.
+    shape: of the whole tensor, layers and experts first.
+    offset, size: where the block lies in it. ``lead`` of the axes count layers and experts.
+    rule: how the block is made of the rows ``start:stop`` of each of the rule's Hugging Face tensors.
+    """
+
+    key: str
+    other_key: str | None
+    shape: Shape
+    offset: Shape
+    size: Shape
+    lead: int
+    rule: Rule
+    start: int
+    stop: int | None
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.size)
+
+    @property
+    def extra_state(self) -> str | None:
+        """The object that Megatron's linear layers keep beside their weight: empty, but missed when it is not there."""
+        module, _, parameter = self.key.rpartition(".")
+        if parameter != "weight" or ".linear_" not in module:
+            return None
+        index, of = (".".join(map(str, axes[: self.lead])) for axes in (self.offset, self.shape))
+        return f"{module}._extra_state/shard_{index}_{of}"
+
+
+def whole_model(table: NameTable) -> Iterator[Block]:
+    """All blocks, layer by layer; the blocks of one Hugging Face tensor follow one another."""
+    arch = table.arch
+    rows = FAMILIES[arch.family]
+    for row in rows:
+        tied_head = row.megatron == "output_layer.weight" and arch.share_embeddings_and_output_weights
+        if "{layer}" not in row.megatron and not tied_head:
+            yield from _blocks(table, row, {})
+    for layer in range(arch.num_layers):
+        for row in rows:
+            if "{expert}" in row.megatron:
+                for expert in range(arch.moe.num_moe_experts if arch.moe else 0):
+                    yield from _blocks(table, row, {"layer": layer, "expert": expert})
+            elif "{layer}" in row.megatron:
+                yield from _blocks(table, row, {"layer": layer})
+
+
+def _blocks(table: NameTable, row: Row, numbers: dict[str, int]) -> Iterator[Block]:
+    rule = table.rule(row.megatron.format(**numbers))
+    counts = {"layer": table.arch.num_layers, "expert": table.experts_per_rank(1)}
+    shapes = list(rule.hf.values())
+    rows, columns = sum(shape[0] for shape in shapes), shapes[0][1:]
+    key, other_key = _keys(row)
+    shape = (*(counts[axis] for axis in numbers), rows, *columns)
+
+    def block(part: Rule, first: int, size: int, start: int, stop: int | None) -> Block:
+        offset = (*numbers.values(), first, *(0 for _ in columns))
+        lengths = (*(1 for _ in numbers), size, *columns)
+        return Block(key, other_key, shape, offset, lengths, len(numbers), part, start, stop)
+
+    if rule.group_rows is not None:
+        yield block(rule, 0, rows, 0, None)
+        return
+    step = max(1, BLOCK_ELEMENTS // math.prod(columns))
+    first = 0
+    for name, hf_shape in rule.hf.items():  # one after the other: each is blocks of its own
+        for start in range(0, hf_shape[0], step):
+            stop = min(start + step, hf_shape[0])
+            yield block(replace(rule, hf={name: hf_shape}), first + start, stop - start, start, stop)
+        first += hf_shape[0]
+
+
+def _keys(row: Row) -> tuple[str, str | None]:
+    if "{expert}" in row.megatron:
+        return row.megatron.replace("{layer}.", "").replace("local_experts.{expert}", "experts"), None
+    key = (row.transformer_engine or row.megatron).replace("{layer}.", "")
+    # The norm before experts: Megatron's local layers write the name that Transformer Engine's have only where there
+    # are no experts.
+    return key, key.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_") if "pre_mlp" in key else None

@@ -1,0 +1,256 @@
+"""Hugging Face directories into Megatron's distributed checkpoints and back, one block in memory at a time.
+
+In one process, or in several under torchrun that share the work and the disk.
+"""
+
+import os
+import shutil
+import tomllib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from torch import Tensor
+
+from megatron_opsd.conversion.architecture import read_architecture
+from megatron_opsd.conversion.blocks import Block, whole_model
+from megatron_opsd.conversion.dist_files import DistReader, DistWriter, Places, write_metadata
+from megatron_opsd.conversion.export import checksum
+from megatron_opsd.conversion.hf_files import (
+    SHARD_BYTES,
+    HFReader,
+    ShardWriter,
+    copy_model_files,
+    shard_name,
+    write_index,
+)
+from megatron_opsd.conversion.mapping import NameTable, Shape
+from megatron_opsd.errors import UserError
+
+_AHEAD = 128 * 2**20
+MODEL_FILES = "hf"  # where a converted checkpoint keeps the configuration and the tokenizer
+
+
+def hf_to_megatron(hf: Path, megatron: Path, dtype: torch.dtype | None, verify: bool) -> None:
+    """Write the model of ``hf`` as a distributed checkpoint that any layout can load.
+
+    dtype: of the result; that of the files where None.
+    verify: read both back and compare the checksum of every tensor before the result gets its name.
+
+    Raises:
+        UserError: the model is not supported or not whole, ``megatron`` exists, or cannot be written.
+    """
+    rank, world_size = _rank_and_world_size()
+    table = NameTable(read_architecture(hf))
+    source = HFReader(hf)
+    source.check(table.hf_tensors())
+    dtype = dtype or source.dtype()
+    blocks = list(whole_model(table))
+    share = blocks[rank::world_size]
+    with _new_directory(megatron, _bytes(blocks, dtype)) as staging:
+        writer = DistWriter(staging, rank)
+        with _progress("converting", _bytes(share, dtype)) as advance:
+            for block in _ahead(share, dtype, lambda block: _prefetch_hf(source, block)):
+                writer.write(block, block.rule.fuse(_read_hf(source, block, dtype)))
+                advance(_bytes([block], dtype))
+        writer.close()
+        places = _gather(writer.places)
+        if rank == 0:
+            write_metadata(staging, blocks, dtype, places)
+            copy_model_files(hf, staging / MODEL_FILES, dtype)
+        if verify:
+            _settle(staging)
+            _verify(source, DistReader(staging), share, dtype)
+
+
+def megatron_to_hf(megatron: Path, hf: Path, verify: bool) -> None:
+    """Write the model of a distributed checkpoint as a Hugging Face directory.
+
+    megatron: what :func:`hf_to_megatron` wrote, or a checkpoint of a run, of any layout.
+    verify: read both back and compare the checksum of every tensor before the result gets its name.
+
+    Raises:
+        UserError: the checkpoint is not whole or not of this model, ``hf`` exists, or cannot be written.
+    """
+    rank, world_size = _rank_and_world_size()
+    source = DistReader(megatron)
+    files = _model_files(megatron)
+    table = NameTable(read_architecture(files))
+    blocks = list(whole_model(table))
+    source.check(blocks)
+    dtype = source.dtype(blocks)
+    shards = _split_into_shards(blocks, dtype)
+    share = shards[rank::world_size]
+    with _new_directory(hf, _bytes(blocks, dtype)) as staging:
+        with _progress("converting", sum(_bytes(shard, dtype) for shard in share)) as advance:
+            for i, shard in zip(range(rank, len(shards), world_size), share, strict=True):
+                writer = ShardWriter(staging / shard_name(i, len(shards)), _tensors(shard), dtype)
+                for block in _ahead(shard, dtype, source.prefetch):
+                    for part in block.rule.split(source.read(block)):
+                        writer.write(part)
+                    advance(_bytes([block], dtype))
+                writer.close()
+        if rank == 0:
+            write_index(staging, [_tensors(shard) for shard in shards], _bytes(blocks, dtype))
+            copy_model_files(files, staging, dtype)
+        if verify:
+            _settle(staging)
+            _verify(HFReader(staging), source, [block for shard in share for block in shard], dtype)
+
+
+def _read_hf(source: HFReader, block: Block, dtype: torch.dtype) -> list[Tensor]:
+    return [source.read(name, 0, block.start, block.stop).to(dtype) for name in block.rule.hf]
+
+
+def _prefetch_hf(source: HFReader, block: Block) -> None:
+    for name in block.rule.hf:
+        source.prefetch(name, block.start, block.stop)
+
+
+def _ahead(blocks: Sequence[Block], dtype: torch.dtype, prefetch: Callable[[Block], None]) -> Iterator[Block]:
+    """The blocks, those that follow asked of the disk by the time the one before is worked on."""
+    coming = iter(blocks)
+    left = 0  # bytes asked for and not yet handed out
+    for block in blocks:
+        while left < _AHEAD and (following := next(coming, None)):
+            prefetch(following)
+            left += _bytes([following], dtype)
+        left -= _bytes([block], dtype)
+        yield block
+
+
+def _verify(hf: HFReader, megatron: DistReader, blocks: Sequence[Block], dtype: torch.dtype) -> None:
+    """Compare the checksums of what both directories hold in ``blocks``.
+
+    Raises:
+        UserError: the first tensor that differs.
+    """
+    with _progress("verifying ", _bytes(blocks, dtype)) as advance:
+        for block in blocks:
+            parts = zip(_read_hf(hf, block, dtype), block.rule.split(megatron.read(block)), strict=True)
+            for name, (ours, theirs) in zip(block.rule.hf, parts, strict=True):
+                if checksum(ours) != checksum(theirs):
+                    raise UserError(f"{hf.path} and {megatron.path}: the checksums of {name} differ; convert again")
+            advance(_bytes([block], dtype))
+
+
+def _model_files(megatron: Path) -> Path:
+    """Where the configuration and the tokenizer of a checkpoint are: in it, or where the run took its model from."""
+    if (megatron / MODEL_FILES).is_dir():
+        return megatron / MODEL_FILES
+    run = megatron.resolve().parents[1] / "config.toml"
+    where = f"put the model's config.json and tokenizer files into {megatron / MODEL_FILES}"
+    if not run.is_file():
+        raise UserError(f"{megatron}: holds no {MODEL_FILES} folder and belongs to no run ({run} not found); {where}")
+    path = Path(tomllib.loads(run.read_text())["model"]["path"])
+    if not (path / "config.json").is_file():
+        raise UserError(f"{run}: model.path = {str(path)!r} holds no config.json any more; {where}")
+    return path
+
+
+def _tensors(blocks: Iterable[Block]) -> dict[str, Shape]:
+    return {name: shape for block in blocks for name, shape in block.rule.hf.items()}
+
+
+def _bytes(blocks: Iterable[Block], dtype: torch.dtype) -> int:
+    return sum(block.numel for block in blocks) * dtype.itemsize
+
+
+def _split_into_shards(blocks: Iterable[Block], dtype: torch.dtype) -> list[list[Block]]:
+    """Blocks of each safetensors file; no tensor is in two."""
+    shards: list[list[Block]] = [[]]
+    size = 0
+    for _, group in groupby(blocks, key=lambda block: tuple(block.rule.hf)):
+        tensor = list(group)
+        if shards[-1] and size + _bytes(tensor, dtype) > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1] += tensor
+        size += _bytes(tensor, dtype)
+    return shards
+
+
+@contextmanager
+def _new_directory(target: Path, size: int) -> Iterator[Path]:
+    """A directory beside ``target`` that gets its name at the end of the block, when all of it is on the disk.
+
+    What an earlier attempt has left there is removed first.
+
+    Raises:
+        UserError: ``target`` exists, its disk has not ``size`` bytes left, or fails.
+    """
+    rank, _ = _rank_and_world_size()
+    staging = target.with_name(f".{target.name}.tmp")
+    if target.exists():
+        raise UserError(f"{target}: exists already; remove it or name another directory")
+    _barrier()
+    try:
+        if rank == 0:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+            free = shutil.disk_usage(staging).free
+            if free < size:
+                raise UserError(f"{target}: needs {size / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB left")
+        _barrier()
+        yield staging
+        _settle(staging)
+        if rank == 0:
+            staging.rename(target)
+            _sync(target.parent)
+        _barrier()
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error.strerror})") from error
+    finally:
+        if rank == 0:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _settle(directory: Path) -> None:
+    """Wait for all ranks' files to be on the disk, and let memory forget them: what is read next is what is there."""
+    _barrier()
+    if _rank_and_world_size()[0] == 0:
+        for path in [*directory.rglob("*"), directory]:
+            _sync(path)
+    _barrier()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+        if path.is_file():
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Bytes, speed and time left on the terminal of rank 0, of its share of the work."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), disable=_rank_and_world_size()[0] > 0) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda size: progress.advance(task, size)
+
+
+def _rank_and_world_size() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _gather(places: Places) -> Places:
+    """All ranks' places, on every rank."""
+    _, world_size = _rank_and_world_size()
+    if world_size == 1:
+        return places
+    gathered: list[Places] = [{} for _ in range(world_size)]
+    dist.all_gather_object(gathered, places)
+    return {index: place for part in gathered for index, place in part.items()}

@@ -1,0 +1,272 @@
+"""Memory of every stage in every phase of a step, the batch's shape and the sizes on disk."""
+
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from megatron_opsd.config import Config
+from megatron_opsd.conversion.architecture import Architecture, published_architecture, read_architecture
+from megatron_opsd.conversion.mapping import NameTable
+from megatron_opsd.plan import formulas
+from megatron_opsd.plan.formulas import ELEMENT, GIB
+from megatron_opsd.plan.shards import RankBytes, rank_bytes, stage_layers, stage_parameters
+from megatron_opsd.preflight import check_batch, check_parallel, check_rollout_parallel
+
+PHASES = ("rollout", "teacher", "student", "optimizer", "refit")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    nodes: int
+    gpus_per_node: int
+    gpu_memory_gib: float
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def gpu_memory(self) -> int:
+        """Bytes of one GPU."""
+        return round(self.gpu_memory_gib * GIB)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One rank of a pipeline stage; all ranks of the stage are like it.
+
+    parameters: elements of the student's shard. phases: phase -> what is on the device -> bytes.
+    """
+
+    layers: int
+    parameters: int
+    phases: dict[str, dict[str, int]]
+
+    @property
+    def totals(self) -> dict[str, int]:
+        return {phase: sum(parts.values()) for phase, parts in self.phases.items()}
+
+    @property
+    def peak_phase(self) -> str:
+        return max(PHASES, key=self.totals.__getitem__)
+
+    @property
+    def peak(self) -> int:
+        return self.totals[self.peak_phase]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Who computes what in a step. Lengths are upper bounds in tokens."""
+
+    global_batch_size: int
+    data_parallel_size: int
+    expert_data_parallel_size: int
+    microbatches: int
+    micro_batch_size: int
+    student_length: int
+    teacher_length: int
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One of vLLM's ranks. ``kv_cache`` is what gpu_memory_utilization leaves for it, in bytes; may be negative."""
+
+    engines: int
+    tensor_model_parallel_size: int
+    weights: int
+    activations: int
+    kv_cache: int
+    kv_cache_per_token: int
+    longest_sequence: int
+
+    @property
+    def kv_tokens(self) -> int:
+        return max(0, self.kv_cache // self.kv_cache_per_token)
+
+    @property
+    def least_kv_cache(self) -> int:
+        """Bytes of one longest sequence, without which vLLM does not start."""
+        return self.kv_cache_per_token * self.longest_sequence
+
+
+@dataclass(frozen=True)
+class Plan:
+    model: str
+    is_published: bool  # known by name: model.path has no config.json on this machine
+    cluster: Cluster
+    total_parameters: int
+    batch: Batch
+    rollout: Rollout
+    stages: list[Stage]
+    checkpoint: int  # bytes on disk
+    hf_export: int
+    pinned_host_memory: int  # bytes a node
+
+    @property
+    def fullest(self) -> int:
+        """The stage with the highest peak."""
+        return max(range(len(self.stages)), key=lambda stage: self.stages[stage].peak)
+
+    @property
+    def shortfall(self) -> int:
+        """Bytes by which a rank has too little memory, or its KV cache; not positive where the plan fits."""
+        kv_missing = self.rollout.least_kv_cache - self.rollout.kv_cache
+        return max(self.stages[self.fullest].peak - self.cluster.gpu_memory, kv_missing)
+
+    @property
+    def least_shortfall(self) -> int:
+        """The shortfall with the smallest KV cache that vLLM starts with."""
+        spare = max(0, self.rollout.kv_cache) - self.rollout.least_kv_cache
+        totals = [
+            total - (spare if phase == "rollout" else 0)
+            for stage in self.stages
+            for phase, total in stage.totals.items()
+        ]
+        return max(totals) - self.cluster.gpu_memory
+
+    @property
+    def fits(self) -> bool:
+        return self.shortfall <= 0
+
+
+def find_architecture(path: str) -> tuple[Architecture, bool]:
+    """The architecture of model.path, and whether it is known by name because there is no config.json.
+
+    Raises:
+        UserError: neither a directory with a usable config.json nor the name of a published model.
+    """
+    if (Path(path) / "config.json").is_file():
+        return read_architecture(path), False
+    return published_architecture(path), True
+
+
+def make_plan(config: Config, cluster: Cluster) -> Plan:
+    """Plan a run.
+
+    Raises:
+        UserError: an unknown model, or a layout or batch that does not fit the model or the number of ranks.
+    """
+    arch, is_published = find_architecture(config.model.path)
+    check_rollout_parallel(config, arch, cluster.world_size)
+    check_parallel(config, arch, cluster.world_size)
+    check_batch(config, cluster.world_size)
+    layout, train = config.parallel, config.train
+    ranks_of_a_stage = cluster.world_size // layout.pipeline_model_parallel_size
+    dp = ranks_of_a_stage // layout.tensor_model_parallel_size
+    lengths = formulas.longest_sequences(config)
+    batch = Batch(
+        global_batch_size=train.global_batch_size,
+        data_parallel_size=dp,
+        expert_data_parallel_size=ranks_of_a_stage // layout.expert_model_parallel_size if arch.moe else dp,
+        microbatches=train.global_batch_size // (dp * train.micro_batch_size),
+        micro_batch_size=train.micro_batch_size,
+        student_length=lengths.student,
+        teacher_length=lengths.teacher,
+    )
+    rollout = _rollout(config, arch, cluster, lengths.rollout)
+    stages, teachers = _stages(config, arch, cluster, batch, rollout)
+    tensors = NameTable(arch).hf_tensors()
+    total = sum(prod(shape) for shape in tensors.values())
+    rows = arch.padded_vocab_size(layout.tensor_model_parallel_size) - arch.vocab_size
+    tables = 1 if arch.share_embeddings_and_output_weights else 2
+    element = ELEMENT[config.model.dtype]
+    offloaded = max(teachers) * cluster.gpus_per_node if config.teacher.placement == "offload" else 0
+    return Plan(
+        model=Path(config.model.path).name,
+        is_published=is_published,
+        cluster=cluster,
+        total_parameters=total,
+        batch=batch,
+        rollout=rollout,
+        stages=stages,
+        checkpoint=(element + 12) * (total + rows * tables * arch.hidden_size),
+        hf_export=element * total,
+        pinned_host_memory=offloaded,
+    )
+
+
+def _rollout(config: Config, arch: Architecture, cluster: Cluster, longest: int) -> Rollout:
+    size = config.rollout.tensor_model_parallel_size
+    weights, activations = formulas.vllm_weights(config, arch), formulas.vllm_activations(config, arch)
+    budget = round(config.rollout.gpu_memory_utilization * cluster.gpu_memory)
+    return Rollout(
+        engines=cluster.world_size // size,
+        tensor_model_parallel_size=size,
+        weights=weights,
+        activations=activations,
+        kv_cache=budget - weights - activations,
+        kv_cache_per_token=formulas.kv_bytes_per_token(config, arch),
+        longest_sequence=longest,
+    )
+
+
+def _stages(
+    config: Config, arch: Architecture, cluster: Cluster, batch: Batch, rollout: Rollout
+) -> tuple[list[Stage], list[int]]:
+    """The stages, and what of each one's teacher leaves the device under teacher.placement = offload."""
+    layers = stage_layers(arch, config.model, config.parallel)
+    last = len(layers) - 1
+    stages, teachers = [], []
+    for stage, count in enumerate(layers):
+        # Stages between the edges that have as many layers are alike: one is built for all.
+        alike = stage if stage in (0, last) else 1 + layers[1:last].index(count)
+        parameters = stage_parameters(
+            arch,
+            config.model,  # pyright: ignore[reportArgumentType]  # pydantic's frozen models have hashes
+            config.parallel,  # pyright: ignore[reportArgumentType]
+            cluster.world_size,
+            alike,
+        )
+        kept = rank_bytes(
+            parameters,
+            ELEMENT[config.model.dtype],
+            config.optim.use_distributed_optimizer,
+            batch.data_parallel_size,
+            batch.expert_data_parallel_size,
+            stage == last,
+        )
+        phases = _phases(config, arch, batch, rollout, kept, stage, layers)
+        stages.append(Stage(count, sum(parameter.numel for parameter in parameters), phases))
+        teachers.append(kept.teacher - kept.teacher_head)
+    return stages, teachers
+
+
+def _phases(
+    config: Config, arch: Architecture, batch: Batch, rollout: Rollout, kept: RankBytes, stage: int, layers: list[int]
+) -> dict[str, dict[str, int]]:
+    """What the trainer leaves on the device while each phase runs. Zeros are left out.
+
+    vLLM's engine sleeps but in the rollout and, its weights alone, in the refit. The student's weights, gradients and
+    optimizer states never leave. The teacher's hidden states live until the step ends.
+    """
+    is_last = stage == len(layers) - 1
+    b = batch.micro_batch_size
+    student, teacher = b * batch.student_length, b * batch.teacher_length
+    responses = batch.global_batch_size // batch.data_parallel_size * config.rollout.max_response_tokens  # of a step
+    response = min(responses, student if config.train.packing else b * config.rollout.max_response_tokens)
+    training = {"student weights": kept.weights, "gradients": kept.gradients, "optimizer states": kept.optimizer}
+    offloads = config.teacher.placement == "offload"
+    cache = responses * arch.hidden_size * ELEMENT[config.model.dtype] if is_last else 0
+    always = training | {"teacher weights": kept.teacher_head if offloads else kept.teacher}
+    after = always | {"teacher's hidden states": cache}
+    phases: dict[str, dict[str, int]] = {
+        "rollout": always
+        | {
+            "vLLM weights": rollout.weights,
+            "vLLM KV cache": max(0, rollout.kv_cache),
+            "vLLM activations": rollout.activations,
+        },
+        "teacher": after
+        | {
+            "teacher weights": kept.teacher,
+            "activations": formulas.teacher_activations(config, arch, teacher),
+        },
+        "student": after
+        | formulas.student_activations(config, arch, layers[stage], stage, student, batch.microbatches)
+        | (formulas.loss(config, arch, student, response) if is_last else {}),
+        "optimizer": after,
+        "refit": after | {"vLLM weights": rollout.weights, "refit buckets": formulas.refit_staging(config, arch)},
+    }
+    reserved = {"CUDA and NCCL (assumed)": formulas.RESERVED}
+    return {phase: {name: n for name, n in (parts | reserved).items() if n} for phase, parts in phases.items()}

@@ -1,0 +1,180 @@
+"""What to change when a run does not fit: each remedy is the plan of the changed settings, never a guess."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import ceil, floor
+from typing import Any
+
+from megatron_opsd.config import Config
+from megatron_opsd.errors import UserError
+from megatron_opsd.plan.planner import Cluster, Plan, make_plan
+
+Changes = dict[str, Any]  # dotted settings, and "nodes"
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """Settings to change, and the plan with them. ``saves``: bytes off the shortfall, which may be the whole of it."""
+
+    changes: Changes
+    plan: Plan
+    saves: int
+
+
+def find_remedies(config: Config, cluster: Cluster) -> list[Remedy]:
+    """Remedies of a plan that does not fit, those that make it fit first, cheapest first.
+
+    Where no single change is enough the first remedy is a combination of them, if there is one.
+    """
+    plan = make_plan(config, cluster)
+    if plan.fits:
+        return []
+    singles = [remedy for step in _STEPS if (remedy := _try(config, cluster, plan, step(config, cluster, plan)))]
+    fitting = [remedy for remedy in singles if remedy.plan.fits]
+    others = [remedy for remedy in singles if not remedy.plan.fits]
+    combined = _combine(config, cluster, plan) if not fitting else None
+    return [*fitting, *([combined] if combined else []), *others]
+
+
+def apply(config: Config, cluster: Cluster, changes: Changes) -> tuple[Config, Cluster]:
+    """The configuration and cluster with ``changes``."""
+    raw = config.model_dump()
+    for name, value in changes.items():
+        if name != "nodes":
+            section, key = name.split(".")
+            raw[section][key] = value
+    return Config.model_validate(raw), replace(cluster, nodes=changes.get("nodes", cluster.nodes))
+
+
+def _try(config: Config, cluster: Cluster, plan: Plan, changes: Changes, least: bool = False) -> Remedy | None:
+    """The changed plan, if it is possible and needs less; ``least``: with the smallest KV cache."""
+    if not changes:
+        return None
+    try:
+        changed = make_plan(*apply(config, cluster, changes))
+    except UserError:  # a layout or batch that cannot be
+        return None
+    saves = plan.least_shortfall - changed.least_shortfall if least else plan.shortfall - changed.shortfall
+    return Remedy(changes, changed, saves) if saves > 0 else None
+
+
+def _combine(config: Config, cluster: Cluster, plan: Plan) -> Remedy | None:
+    """Take steps from the cheapest on, each only if it helps, until the plan fits; then drop those not needed.
+
+    The KV cache comes last: it can have whatever the rest leaves.
+    """
+    changes: Changes = {}
+    current = plan
+    for step in [*_STEPS[:-1] * 3, *[_more_nodes] * 6]:
+        if current.least_shortfall <= -cluster.gpu_memory // 100:  # one step of gpu_memory_utilization
+            break
+        changed_config, changed_cluster = apply(config, cluster, changes)
+        new = step(changed_config, changed_cluster, current)
+        remedy = _try(config, cluster, current, changes | new, least=True) if new else None
+        if remedy:
+            changes, current = remedy.changes, remedy.plan
+    return _drop_unneeded(config, cluster, plan, changes)
+
+
+def _drop_unneeded(config: Config, cluster: Cluster, plan: Plan, changes: Changes) -> Remedy | None:
+    best: Remedy | None = None
+    for name in [None, *changes]:
+        fewer = {key: value for key, value in changes.items() if key != name}
+        remedy = _try(config, cluster, plan, _with_utilization(config, cluster, fewer))
+        if remedy and remedy.plan.fits:
+            changes, best = fewer, remedy
+    return best
+
+
+def _with_utilization(config: Config, cluster: Cluster, changes: Changes) -> Changes:
+    """The changes, with gpu_memory_utilization lowered or raised if they need it."""
+    try:
+        changed = apply(config, cluster, changes)
+        return changes | _utilization(*changed, make_plan(*changed))
+    except UserError:
+        return changes
+
+
+# Each step says what it would change, given the configuration and its plan; nothing where it has nothing to offer.
+
+
+def _sequence_parallel(config: Config, cluster: Cluster, plan: Plan) -> Changes:
+    layout = config.parallel
+    on = layout.sequence_parallel or layout.tensor_model_parallel_size == 1
+    return {} if on else {"parallel.sequence_parallel": True}
+
+
+def _utilization(config: Config, cluster: Cluster, plan: Plan) -> Changes:
+    """As much as the rollout leaves, if that is less than configured; at least what vLLM needs to start."""
+    memory, rollout, now = cluster.gpu_memory, plan.rollout, config.rollout.gpu_memory_utilization
+    over = max(stage.totals["rollout"] for stage in plan.stages) - memory
+    least = ceil(100 * (rollout.weights + rollout.activations + rollout.least_kv_cache) / memory) / 100
+    most = floor(100 * (now - over / memory)) / 100
+    wanted = max(least, min(now, most))
+    return {"rollout.gpu_memory_utilization": wanted} if wanted != now and wanted <= 1 else {}
+
+
+def _smaller_buckets(config: Config, cluster: Cluster, plan: Plan) -> Changes:
+    return {"rollout.refit_bucket_mib": 128} if config.rollout.refit_bucket_mib > 128 else {}
+
+
+def _smaller_chunks(config: Config, cluster: Cluster, plan: Plan) -> Changes:
+    return {"objective.chunk_size": 512} if config.objective.chunk_size > 512 else {}
+
+
+def _offload_teacher(config: Config, cluster: Cluster, plan: Plan) -> Changes:
+    return {"teacher.placement": "offload"} if config.teacher.placement == "resident" else {}
+
+
+def _distributed_optimizer(config: Config, cluster: Cluster, plan: Plan) -> Changes:
+    return {} if config.optim.use_distributed_optimizer else {"optim.use_distributed_optimizer": True}
+
+
+def _recompute(config: Config, cluster: Cluster, plan: Plan) -> Changes:
+    return {"model.recompute": "full"} if config.model.recompute == "none" else {}
+
+
+def _one_sequence(config: Config, cluster: Cluster, plan: Plan) -> Changes:
+    return {"train.micro_batch_size": 1} if config.train.micro_batch_size > 1 else {}
+
+
+def _rollout_tensor_parallel(config: Config, cluster: Cluster, plan: Plan) -> Changes:
+    return {"rollout.tensor_model_parallel_size": 2 * config.rollout.tensor_model_parallel_size}
+
+
+def _expert_parallel(config: Config, cluster: Cluster, plan: Plan) -> Changes:
+    return {"parallel.expert_model_parallel_size": 2 * config.parallel.expert_model_parallel_size}
+
+
+def _tensor_parallel(config: Config, cluster: Cluster, plan: Plan) -> Changes:
+    size = 2 * config.parallel.tensor_model_parallel_size
+    if size > cluster.gpus_per_node:  # slow beyond one machine's links
+        return {}
+    sequence_parallel = {} if config.parallel.sequence_parallel else {"parallel.sequence_parallel": True}
+    return {"parallel.tensor_model_parallel_size": size, **sequence_parallel}
+
+
+def _pipeline_parallel(config: Config, cluster: Cluster, plan: Plan) -> Changes:
+    return {"parallel.pipeline_model_parallel_size": 2 * config.parallel.pipeline_model_parallel_size}
+
+
+def _more_nodes(config: Config, cluster: Cluster, plan: Plan) -> Changes:
+    return {"nodes": 2 * cluster.nodes}
+
+
+# From what costs nothing to what costs time in every step, then traffic between ranks, then machines.
+_STEPS: list[Callable[[Config, Cluster, Plan], Changes]] = [
+    _sequence_parallel,
+    _utilization,
+    _smaller_buckets,
+    _smaller_chunks,
+    _distributed_optimizer,
+    _offload_teacher,
+    _one_sequence,
+    _recompute,
+    _rollout_tensor_parallel,
+    _expert_parallel,
+    _tensor_parallel,
+    _pipeline_parallel,
+    _more_nodes,
+]
