@@ -38,6 +38,7 @@ def main() -> None:
     groups = layout.tp_group, layout.pp_group, layout.ep_group
     exporters = {way: Exporter(model, NameTable(arch), *groups, size) for way, size in WAYS.items()}
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    tensors = 0
     for turn in range(REPEATS + 1):
         for way, exporter in exporters.items():
             dist.barrier()
