@@ -91,7 +91,7 @@ class Sequences:
 
     tokens: Tensor  # [b, s]; packed: [1, s]
     index: Tensor  # [n] rows of the flattened [s*b] that predict the response tokens
-    boundaries: Tensor | None  # packed: [sequences + 1], where each begins in the row; the last is the row's padding
+    boundaries: Tensor | None  # packed: [sequences + 1 or more], where each begins in the row; then its padding
 
 
 @dataclass(frozen=True)
@@ -175,9 +175,12 @@ def _sequences(
     if batch.packing:
         ends = list(accumulate(map(len, sequences)))
         joined = [token for sequence in sequences for token in sequence]
-        tokens = torch.tensor([joined + [0] * (row - len(joined))])
+        tokens = torch.tensor([joined + [0] * (row - len(joined))], dtype=torch.long)
         index = [torch.arange(end - n, end) for end, n in zip(ends, trained, strict=True)]
-        boundaries = torch.tensor([0, *ends, *([row] if row > ends[-1] else [])], dtype=torch.int32).to(device)
+        # The row's padding in pieces no longer than a sequence: attention's time grows with their squares.
+        longest = max(1, *map(len, sequences))
+        padding = [*range(ends[-1] + longest, row, longest), row] if row > ends[-1] else []
+        boundaries = torch.tensor([0, *ends, *padding], dtype=torch.int32).to(device)
     else:
         b = len(sequences)
         tokens = torch.tensor([sequence + [0] * (row - len(sequence)) for sequence in sequences], dtype=torch.long)

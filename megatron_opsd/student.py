@@ -1,5 +1,6 @@
 """The model that learns: DDP around Megatron's GPTModel, and one forward and backward pass through its schedule."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -67,7 +68,7 @@ def reduce_loss(reports: Sequence[dict[str, Tensor]], layout: Layout) -> LossSum
         dist.all_gather_object(gathered, own, group=layout.dp_group)
     dist.broadcast_object_list(gathered, src=layout.last_stage_rank, group=layout.pp_group)
     parts = [part for rank in gathered for part in rank]
-    worst = max(parts, key=lambda part: part["worst_gap"])
+    worst = max(parts, key=lambda part: (math.isnan(part["worst_gap"]), part["worst_gap"]))
     names = parts[0].keys() - {"tokens", "count", "worst_gap", "worst_sequence"}
     total = {name: sum(part[name] for part in parts) for name in parts[0]}
     return LossSums(

@@ -97,6 +97,8 @@ class _LinearDivergence(torch.autograd.Function):
                 gradient = logits.student if same else torch.empty_like(logits.student, dtype=student.dtype)
                 write_gradient(logits, statistics, token_weights[rows], spec, gradient)
                 gradients.add(start, gradient, student, head[0])
+                del gradient
+            del logits  # before the next chunk's are made
         values: list[Any] = [None if v[0] is None else torch.cat(v) for v in zip(*outputs, strict=True)]
         ctx.gradients = gradients
         ctx.mark_non_differentiable(*(value for value in values if value is not None))

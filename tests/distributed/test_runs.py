@@ -22,11 +22,11 @@ TP, PP = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_paralle
 EP = "parallel.expert_model_parallel_size"
 VLLM_TP = "rollout.tensor_model_parallel_size"
 
-UNREPEATABLE = ("seconds_", "memory_")
+UNREPEATABLE = ("seconds_", "memory_", "tokens_per_second", "padding_share")
 
 
 def numbers(run_dir: Path) -> list[dict]:
-    """metrics.jsonl without what no two runs share."""
+    """metrics.jsonl without what two runs, or two layouts, need not share."""
     return [
         {name: value for name, value in line.items() if not name.startswith(UNREPEATABLE)}
         for line in read_jsonl(run_dir / "metrics.jsonl")
