@@ -105,8 +105,9 @@ def test_packed_rows_hold_the_sequences_one_after_the_other(skip: int, multiple:
         row, boundaries = sequences.tokens[0].tolist(), sequences.boundaries
         assert row == whole + [0] * (-len(whole) % multiple)
         assert boundaries is not None
-        lengths = [len(SAMPLES[i].sequence(side)) for i in order] + [-len(whole) % multiple]
-        assert boundaries.diff().tolist() == lengths[: len(boundaries) - 1]
+        lengths = [len(SAMPLES[i].sequence(side)) for i in order]
+        assert boundaries.diff()[: len(order)].tolist() == lengths
+        assert boundaries[-1] == len(row)
         followers = [*whole[1:], 0]
         last = {i: SAMPLES[i].rollout.token_ids[-1] for i in order if SAMPLES[i].rollout.token_ids}
         ends = boundaries.tolist()[1:]
@@ -129,3 +130,14 @@ def test_packing_has_as_many_micro_batches_on_every_rank_and_less_padding() -> N
     assert padding_share(packed, 2, 2) == 0
     assert padding_share(padded, 4, 2) > 0.4
     assert padding_share(Batch(samples, one_length=True), 1, 2) > 0.7
+
+
+def test_padding_of_a_packed_row_comes_in_pieces_no_longer_than_its_sequences() -> None:
+    long, short = sample([1], [1], [2] * 9), sample([1], [1], [2] * 2)
+    batch = Batch([long, long, long, short], one_length=True, packing=True)
+    _, last = microbatches(batch, 2)  # 9 + 9 tokens, then 9 + 2 and what is missing to 18
+    assert last.student.boundaries is not None
+    assert last.student.boundaries.tolist() == [0, 9, 11, 18]
+    alone = microbatches(Batch([long] * 2 + [short], one_length=True, packing=True), 2)[1]
+    assert alone.student.boundaries is not None
+    assert alone.student.boundaries.tolist() == [0, 2, 4, 6, 8, 10, 12, 14, 16, 18]
