@@ -12,7 +12,7 @@ ARITHMETIC := examples/arithmetic
 # Two training processes on two cores: more threads in each only get in each other's way.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test bench lint type
+.PHONY: setup demo test test-slurm bench lint type
 
 setup: .venv/installed
 
@@ -35,6 +35,14 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# A SLURM cluster of four virtual nodes on this machine, and a run that loses ranks and nodes: a quarter of an hour.
+# As root. Installs Debian's packages where SLURM is missing; the SLURM of the machine itself, if any, is left alone.
+test-slurm: setup
+	@[ "$$(id -u)" = 0 ] || { echo 'make test-slurm: needs root, for SLURM daemons and namespaces of its own' >&2; exit 1; }
+	@PATH=$$PATH:/usr/sbin; command -v slurmctld slurmd munged sbatch unshare >/dev/null || \
+	    { apt-get update -q && apt-get install -qy --no-install-recommends slurmctld slurmd slurm-client munge; }
+	$(BIN)/python -m pytest tests/slurm -v
 
 # Time and memory of the objective beside TRL's, on a GPU if there is one: some minutes, into benchmarks/results/.
 bench: setup

@@ -1,20 +1,35 @@
 """Save and resume: student, optimizer, schedule, sampler, step and the teacher's identity, in any layout.
 
 Random numbers need no saving: every step draws from generators seeded by (seed, step, sample).
+
+A checkpoint is written in the background, gets its name when all of it is on the disk, and carries a checksum of every
+file, which is compared before anything is loaded.
 """
 
+import contextlib
 import json
+import logging
+import math
 import shutil
-from dataclasses import dataclass
+import sys
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_opsd.config import CheckpointConfig
 from megatron_opsd.errors import UserError
 from megatron_opsd.model import HiddenStateGPT
+
+log = logging.getLogger(__name__)
 
 # The format that any layout can load. Gathered through gloo into the host memory of one data-parallel rank; the other
 # way would gather everything on every rank's device.
@@ -22,6 +37,7 @@ _OPTIMIZER_FORMAT = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": True,
 }
+_PROGRESS, _CHECKSUMS = "progress.json", "checksums.json"
 
 
 @dataclass(frozen=True)
@@ -31,35 +47,171 @@ class Progress:
     step: int
     sampler: dict[str, Any]
     teacher: str
+    evaluated: int = -1
+    guards: dict[str, Any] = field(default_factory=dict)
 
 
-def checkpoint_dir(run_dir: Path, step: int) -> Path:
-    return run_dir / "checkpoints" / f"step_{step:06d}"
+class Checkpoints:
+    """The checkpoints of a run. All ranks call each method together."""
 
+    def __init__(self, run_dir: Path, config: CheckpointConfig) -> None:
+        self._folder, self._config = run_dir / "checkpoints", config
+        self._writers = AsyncCallsQueue()
+        self._begun: tuple[int, float] | None = None
+        self.seconds = math.inf  # that the last save took, until it was seen to be complete; not known yet
+        if dist.get_rank() == 0:
+            for leftover in self._folder.glob(".*"):  # of a run that was killed
+                shutil.rmtree(leftover, ignore_errors=True)
+        dist.barrier()
 
-def save(run_dir: Path, model: HiddenStateGPT, optimizer: MegatronOptimizer, progress: Progress) -> Path:
-    """Write a checkpoint; it gets its name only when it is complete. All ranks call this."""
-    target = checkpoint_dir(run_dir, progress.step)
-    staging = target.with_name(f".{target.name}.tmp")
-    if dist.get_rank() == 0:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-    dist.barrier()
-    dist_checkpointing.save(_state(model, optimizer, loading=False), str(staging), content_metadata=_OPTIMIZER_FORMAT)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        (staging / "progress.json").write_text(json.dumps(vars(progress)))
+    def save(self, model: HiddenStateGPT, optimizer: MegatronOptimizer, progress: Progress, keep: int | None) -> None:
+        """Begin to write a checkpoint. When this returns the state may change: its copy is in host memory.
+
+        keep: the step whose checkpoint is kept besides those that the configuration keeps.
+
+        Raises:
+            SaveError: the one before has failed.
+        """
+        self.finish()
+        self._begun = (progress.step, time.monotonic())
+        # A name of its own: an orphan of a killed run may still write into the folder of the same step.
+        names = [f".step_{progress.step:06d}.{time.time_ns():x}"]
+        dist.broadcast_object_list(names)
+        staging = self._folder / names[0]
+        self._on_rank_0(lambda: _make_room(staging))
+        request = dist_checkpointing.save(
+            _state(model, optimizer, loading=False),
+            str(staging),
+            async_sharded_save=True,
+            content_metadata=_OPTIMIZER_FORMAT,
+        )
+        assert request is not None
+        if request.async_fn is not None:
+            request = request._replace(async_fn=_Writer(request.async_fn, staging, dist.get_rank()))
+        request.add_finalize_fn(lambda: self._on_rank_0(lambda: self._complete(staging, progress, keep)))
+        self._writers.schedule_async_request(request)
+
+    def finish(self, wait: bool = True) -> None:
+        """Complete the save under way, if any; without ``wait`` only where all ranks have written everything.
+
+        Raises:
+            SaveError: it could not be written. The checkpoints before it are as they were.
+        """
+        if self._begun is None:
+            return
+        step, start = self._begun
+        try:
+            done = self._writers.maybe_finalize_async_calls(blocking=wait)
+        except CheckpointException as error:  # rank 0 knows why
+            reasons = {" ".join(str(failure[0]).split()) for failure in error.failures.values()}
+            raise self._failed("; ".join(sorted(reasons))) from None
+        if done:
+            self._begun, self.seconds = None, time.monotonic() - start
+            log.info("saved step %d in %.1f s", step, self.seconds)
+
+    def _complete(self, staging: Path, progress: Progress, keep: int | None) -> None:
+        """Name what all ranks have written."""
+        checksums: dict[str, int] = {}
+        for part in staging.glob("*.crc"):
+            checksums |= json.loads(part.read_text())
+            part.unlink()
+        for file in staging.iterdir():
+            if file.suffix == ".distcp" and file.name not in checksums:
+                raise OSError(f"the writer of {file.name} did not get to its end")
+            checksums.setdefault(file.name, checksum(file))
+        (staging / _CHECKSUMS).write_text(json.dumps(checksums))
+        (staging / _PROGRESS).write_text(json.dumps(asdict(progress)))
+        target = self._folder / f"step_{progress.step:06d}"
         shutil.rmtree(target, ignore_errors=True)
         staging.rename(target)
-    dist.barrier()
-    return target
+        self._remove_old(keep)
+
+    def _remove_old(self, keep: int | None) -> None:
+        last, every = self._config.keep_last, self._config.keep_every
+        complete = sorted(_complete_ones(self._folder))
+        for path in complete[:-last] if last else []:
+            step = read_progress(path).step
+            if step != keep and not (every and step % every == 0):
+                doomed = path.rename(path.with_name(f".{path.name}.removed"))  # never half of one under its name
+                shutil.rmtree(doomed, ignore_errors=True)
+
+    def _on_rank_0(self, action: Callable[[], None]) -> None:
+        """Touch the file system on one rank; where it refuses, all ranks know."""
+        refused: list[str | None] = [None]
+        if dist.get_rank() == 0:
+            try:
+                action()
+            except OSError as error:
+                refused = [str(error)]
+        dist.broadcast_object_list(refused)
+        if refused[0] is not None:
+            raise self._failed(refused[0])
+
+    def _failed(self, why: str) -> "SaveError":
+        assert self._begun
+        step, self._begun = self._begun[0], None
+        if dist.get_rank() == 0:
+            for staging in self._folder.glob(f".step_{step:06d}.*"):
+                shutil.rmtree(staging, ignore_errors=True)  # its room may be what was missing
+        return SaveError(f"{self._folder}: the checkpoint of step {step} could not be written: {why}")
+
+
+class SaveError(UserError):
+    """A checkpoint could not be written. The message says which and why, in one line."""
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """Megatron's writer of a rank's files, and then their checksums. Runs in a process of its own."""
+
+    write: Callable[..., None]
+    staging: Path
+    rank: int
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        self.write(*args, **kwargs)
+        checksums = {file.name: checksum(file) for file in self.staging.glob(f"__{self.rank}_*.distcp")}
+        with contextlib.suppress(OSError):  # a full disk; Megatron reports its own failure, and the file will be missed
+            (self.staging / f"{self.rank}.crc").write_text(json.dumps(checksums))
+
+
+def _make_room(staging: Path) -> None:
+    """The folder, and the certainty that the small files fit: Megatron's own writing of them knows no failures."""
+    staging.mkdir(parents=True)
+    probe = staging / "probe"
+    probe.write_bytes(bytes(1 << 20))
+    probe.unlink()
+
+
+def checksum(file: Path) -> int:
+    """CRC-32 of a file's bytes."""
+    value = 0
+    with file.open("rb") as data:
+        while chunk := data.read(1 << 22):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
+def damage(path: Path) -> list[str]:
+    """What differs from what was written, a line a file. All ranks call this; each reads its share of the files."""
+    expected = json.loads((path / _CHECKSUMS).read_text()) if (path / _CHECKSUMS).is_file() else {}
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    found = [] if expected else [f"{path / _CHECKSUMS} is missing"]
+    for name in sorted(expected)[rank::world_size]:
+        if not (path / name).is_file():
+            found.append(f"{path / name} is missing")
+        elif (now := checksum(path / name)) != expected[name]:
+            found.append(f"{path / name} is damaged (checksum {now:08x} instead of {expected[name]:08x})")
+    gathered: list[list[str]] = [[] for _ in range(world_size)]
+    dist.all_gather_object(gathered, found)
+    return list(dict.fromkeys(line for part in gathered for line in part))
 
 
 def load(path: Path, model: HiddenStateGPT, optimizer: MegatronOptimizer, teacher: str) -> Progress:
     """Fill student and optimizer from a checkpoint written by any layout.
 
     Raises:
-        UserError: not a complete checkpoint, or its teacher is not this run's (``teacher``: its identity).
+        UserError: its teacher is not this run's (``teacher``: its identity).
     """
     progress = read_progress(path)
     if progress.teacher != teacher:
@@ -77,28 +229,62 @@ def load(path: Path, model: HiddenStateGPT, optimizer: MegatronOptimizer, teache
 
 
 def read_progress(path: Path) -> Progress:
-    file = path / "progress.json"
+    file = path / _PROGRESS
     if not file.is_file():
-        raise UserError(f"{path}: not a complete checkpoint (no progress.json)")
+        raise UserError(f"{path}: not a complete checkpoint (no {_PROGRESS})")
     return Progress(**json.loads(file.read_text()))
 
 
 def find(run_dir: Path, resume: str) -> Path | None:
-    """The checkpoint that ``checkpoint.resume`` names: none, the newest complete one, or a directory.
+    """The checkpoint that ``checkpoint.resume`` names and that is as it was written: none, the newest, or a directory.
+
+    A damaged newest one is renamed, and the one before it taken. All ranks call this; rank 0 looks, for file systems
+    may show the others something older.
 
     Raises:
-        UserError: a named directory that is no complete checkpoint, or a new run where an old one left checkpoints.
+        UserError: a named directory that is no complete checkpoint or a damaged one, checkpoints that are all damaged,
+            or a new run where an old one left checkpoints.
     """
-    newest = max(run_dir.glob("checkpoints/step_*/progress.json"), default=None)
+    while True:
+        found: list[Any] = [None, False, None]
+        if dist.get_rank() == 0:
+            try:
+                path = _choose(run_dir, resume)
+                found = [path, resume == "auto" and len(_complete_ones(run_dir / "checkpoints")) > 1, None]
+            except UserError as error:
+                found = [None, False, str(error)]
+        dist.broadcast_object_list(found)
+        path, has_another, mistake = found
+        if mistake:
+            raise UserError(mistake)
+        if path is None or not (damages := damage(path)):
+            return path
+        if not has_another:
+            raise UserError(
+                f"{'; '.join(damages)}; resume from another checkpoint, or choose another --logging.run_dir"
+            )
+        if dist.get_rank() == 0:
+            aside = path.with_name(f"damaged_{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            print(f"opsd: {'; '.join(damages)}; going on from the checkpoint before", file=sys.stderr, flush=True)
+
+
+def _complete_ones(folder: Path) -> list[Path]:
+    return [file.parent for file in folder.glob(f"step_*/{_PROGRESS}")]
+
+
+def _choose(run_dir: Path, resume: str) -> Path | None:
+    newest = max(_complete_ones(run_dir / "checkpoints"), default=None)
     if resume == "never" and newest:
         raise UserError(
             f"{run_dir}: holds checkpoints of an earlier run; go on from them with --checkpoint.resume auto, or choose "
             "another --logging.run_dir"
         )
     if resume in ("never", "auto"):
-        return newest.parent if newest else None
+        return newest
     step = read_progress(Path(resume)).step
-    if newest and read_progress(newest.parent).step > step:
+    if newest and read_progress(newest).step > step:
         raise UserError(
             f"{run_dir}: holds checkpoints newer than {resume}, which a later --checkpoint.resume auto would take; "
             "choose another --logging.run_dir, or move them away"

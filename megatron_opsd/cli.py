@@ -1,8 +1,10 @@
 """The command line: ``opsd``, or ``python -m megatron_opsd`` under torchrun."""
 
 import argparse
+import contextlib
 import difflib
 import os
+import signal
 import sys
 import time
 import warnings
@@ -11,6 +13,7 @@ from pathlib import Path
 
 from megatron_opsd.config import Config, add_overrides, fields, load_config
 from megatron_opsd.errors import UserError
+from megatron_opsd.run_dir import write_outcome
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -27,6 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             command.add_argument("--out", type=Path, help="write the responses to this JSONL")
         if name == "plan":
             _add_plan_options(command)
+        if name == "serve":
+            command.add_argument(
+                "--host", default="127.0.0.1", help="where to listen (127.0.0.1); elsewhere needs OPSD_API_KEY"
+            )
+            command.add_argument("--port", type=int, default=8000, help="port to listen at (8000)")
         add_overrides(command)
     _add_convert(commands.add_parser("convert", help=CONVERT, description=CONVERT, allow_abbrev=False))
     parsed, unknown = parser.parse_known_args(arguments)
@@ -35,7 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", module=r"megatron\.core|torch")  # at import: what a machine does not have
     try:
         if unknown:
-            own = {"convert": CONVERT_OPTIONS, "plan": [*PLAN_OPTIONS, *fields()]}
+            own = {
+                "convert": CONVERT_OPTIONS,
+                "plan": [*PLAN_OPTIONS, *fields()],
+                "serve": ["host", "port", *fields()],
+            }
             names = own.get(options["command"], fields())
             nearest = difflib.get_close_matches(unknown[0], [f"--{name}" for name in names], n=1, cutoff=0)[0]
             raise UserError(f"{unknown[0]}: unknown option; the nearest valid one is {nearest}")
@@ -46,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         COMMANDS[options["command"]][1](config, argparse.Namespace(**options))
     except UserError as error:
         if not _is_local_rank_0():
-            time.sleep(3)  # where rank 0 fails alike, torchrun ends this process before it repeats the line
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(15)  # where rank 0 fails alike, torchrun ends this process before it repeats the line
         print(f"opsd: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 
@@ -64,10 +77,16 @@ def _preflight(config: Config, train: bool) -> None:
 
 
 def _train(config: Config, _: argparse.Namespace) -> None:
-    _preflight(config, train=True)
-    from megatron_opsd.trainer import train
+    try:
+        _preflight(config, train=True)
+        from megatron_opsd.trainer import train
 
-    train(config)
+        train(config)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            with contextlib.suppress(OSError):  # the mistake may be that there is no such folder
+                write_outcome(Path(config.logging.run_dir), "stopped", str(error))
+        raise
 
 
 def _check(config: Config, options: argparse.Namespace) -> None:
@@ -112,6 +131,15 @@ def _evaluate(config: Config, options: argparse.Namespace) -> None:
     evaluate_checkpoint(config, options.out)
 
 
+def _serve(config: Config, options: argparse.Namespace) -> None:
+    from megatron_opsd.preflight import check_server
+    from megatron_opsd.prompts import build_prompts, max_model_len
+    from megatron_opsd.rollout.serve import serve
+
+    check_server(config)
+    serve(config, max_model_len(config, build_prompts(config)), options.host, options.port)
+
+
 def _add_convert(command: argparse.ArgumentParser) -> None:
     directions = command.add_subparsers(dest="direction", required=True)
     for direction in ("hf-to-megatron", "megatron-to-hf"):
@@ -147,5 +175,6 @@ COMMANDS = {
     "train": ("Train a model. Run under torchrun, one process a GPU.", _train),
     "check": ("Find mistakes in a configuration without starting anything.", _check),
     "plan": ("Memory, batch and checkpoint sizes of a run on a cluster. Needs no GPU and no weights.", _plan),
+    "serve": ("Start a vLLM server that writes a run's rollouts (rollout.engine = 'server').", _serve),
     "evaluate": ("Greedy accuracy and Avg@k of a Hugging Face directory (model.path) on evaluate.data.", _evaluate),
 }

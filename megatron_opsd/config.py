@@ -32,6 +32,7 @@ TEACHER_TEMPLATE = (
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+Minutes = Annotated[float, Field(gt=0)]
 
 
 class Section(BaseModel):
@@ -65,8 +66,8 @@ class ParallelConfig(Section):
     """Ranks that share each layer's experts, in models that have them: tensor- and data-parallel ranks side by side."""
     sequence_parallel: bool = False
     """Also split the norms' activations over the tensor-parallel ranks."""
-    timeout_minutes: Positive = 30
-    """A collective that waits longer than this ends the run."""
+    timeout_minutes: Positive = 120
+    """A collective that waits longer than this ends the run. Those of [timeouts] say more, if they strike first."""
 
 
 class DataConfig(Section):
@@ -107,8 +108,12 @@ class PromptsConfig(Section):
 
 
 class RolloutConfig(Section):
+    engine: Literal["colocated", "server"] = "colocated"
+    """`colocated` takes turns with training on its GPUs; `server` asks `rollout.servers`, on other nodes as a rule."""
+    servers: list[str] = []
+    """The servers of engine `server`, such as http://127.0.0.1:8000; each was started with `opsd serve`."""
     tensor_model_parallel_size: Positive = 1
-    """vLLM's tensor-parallel size: any divisor of the world size, whatever Megatron's layout."""
+    """vLLM's tensor-parallel size: any divisor of the world size, whatever Megatron's layout; or that of a server."""
     max_response_tokens: Positive = 1024
     """The student's answer is cut here."""
     temperature: Annotated[float, Field(ge=0)] = 1.1
@@ -120,9 +125,9 @@ class RolloutConfig(Section):
     samples_per_prompt: Positive = 1
     """Answers to each problem in a step."""
     gpu_memory_utilization: Fraction = 0.5
-    """Share of the GPU that vLLM may use (weights and KV cache)."""
+    """Share of the GPU that vLLM may use (weights and KV cache); a server may have more, such as 0.9."""
     kv_cache_gib: Annotated[float, Field(gt=0)] = 1.0
-    """KV cache of each rank on CPU, in GiB. On a GPU gpu_memory_utilization decides."""
+    """KV cache of each rank, or of a server's process, on CPU, in GiB. On a GPU gpu_memory_utilization decides."""
     max_num_seqs: Positive = 256
     """Sequences that vLLM decodes at once."""
     enforce_eager: bool = False
@@ -171,6 +176,9 @@ class OptimConfig(Section):
     """Adam's denominator offset."""
     clip_grad: Annotated[float, Field(ge=0)] = 1.0
     """Largest global gradient norm; 0 to leave it alone."""
+    placement: Literal["resident", "offload"] = "resident"
+    """`offload` keeps the optimizer's states in pinned host memory but for its own step, and frees the gradients until
+    the student's pass. Needs use_distributed_optimizer."""
     use_distributed_optimizer: bool = True
     """Shard the optimizer's states over the data-parallel ranks."""
 
@@ -191,10 +199,53 @@ class TrainConfig(Section):
 class CheckpointConfig(Section):
     save_interval: NonNegative = 50
     """Steps between checkpoints; 0 for none. The last step is always saved unless 0."""
+    keep_last: NonNegative = 2
+    """Complete checkpoints to keep; 0 for all. The one of the best evaluation is kept besides."""
+    keep_every: NonNegative = 0
+    """Also keep the checkpoints of every so many steps; 0 for none."""
+    signal_lead_seconds: Annotated[float, Field(gt=0)] = 300
+    """Time between USR1 and the end of the job: the N of `sbatch --signal=B:USR1@N`. A step that does not end in time
+    for the save is given up."""
     resume: str = "never"
     """`never`, `auto` (the newest complete checkpoint of the run directory, if any) or a checkpoint's directory."""
     export_hf: bool = True
     """Write the trained model as a Hugging Face directory at the end."""
+
+
+class GuardsConfig(Section):
+    max_skipped_steps: NonNegative = 3
+    """A step whose loss or gradient is not finite leaves the weights alone; more than so many in a row end the run."""
+    min_entropy: Annotated[float, Field(ge=0)] | None = None
+    """Lowest mean entropy of the student's next-token distributions, in nats."""
+    max_entropy: Annotated[float, Field(gt=0)] | None = None
+    """Highest mean entropy of the student's next-token distributions, in nats."""
+    min_response_length: Annotated[float, Field(gt=0)] | None = None
+    """Lowest mean number of tokens of a step's responses."""
+    max_response_length: Annotated[float, Field(gt=0)] | None = None
+    """Highest mean number of tokens of a step's responses."""
+    max_accuracy_drop: Fraction | None = None
+    """How far the held-out accuracy (greedy) may fall below the best one of the run."""
+    patience: Positive = 5
+    """The first step beyond a bound warns; so many in a row end the run (of the accuracy: two evaluations)."""
+
+
+class TimeoutsConfig(Section):
+    start: Minutes = 60
+    """Minutes to load the models, start vLLM and resume, before the first step."""
+    rollout: Minutes = 60
+    """Minutes of a step's rollouts, which have long tails."""
+    teacher: Minutes = 30
+    """Minutes of a step's teacher pass."""
+    student: Minutes = 30
+    """Minutes of a step's student pass."""
+    optimizer: Minutes = 10
+    """Minutes of an optimizer step."""
+    refit: Minutes = 15
+    """Minutes to bring the weights into vLLM."""
+    evaluate: Minutes = 120
+    """Minutes of an evaluation."""
+    save: Minutes = 60
+    """Minutes to write a checkpoint, or to wait for one to be written, and for the export."""
 
 
 class LoggingConfig(Section):
@@ -248,6 +299,10 @@ class Config(Section):
     """[train]"""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """[checkpoint]"""
+    guards: GuardsConfig = GuardsConfig()
+    """[guards]"""
+    timeouts: TimeoutsConfig = TimeoutsConfig()
+    """[timeouts]"""
     logging: LoggingConfig = LoggingConfig()
     """[logging]"""
     evaluate: EvaluateConfig = EvaluateConfig()

@@ -1,5 +1,13 @@
-"""The one exception whose message is written for the user: the CLI prints it as a single line and exits with 2."""
+"""Exceptions that end a run in one line, or a step without an effect."""
 
 
 class UserError(Exception):
-    """Bad input. The message names the file, the field, the value and the remedy."""
+    """Shown to the user as one line. The message names the file or field, the value and the remedy."""
+
+
+class RunStoppedError(UserError):
+    """The run has ended itself, for good: going on from where it was would not help."""
+
+
+class AbandonedError(Exception):
+    """A step was given up half-way, for a signal left no time to finish it. The student has not changed."""

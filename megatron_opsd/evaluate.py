@@ -1,6 +1,6 @@
 """Greedy accuracy and Avg@k of whatever weights an engine holds."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from megatron_opsd.data import read_held_out
 from megatron_opsd.grading import Method, is_correct
 from megatron_opsd.metrics import format_scores, start_logging, write_jsonl
 from megatron_opsd.prompts import PromptBuilder, build_prompts, max_model_len
-from megatron_opsd.rollout.colocated import ColocatedVLLM
+from megatron_opsd.rollout import build_engine
 from megatron_opsd.rollout.engine import Engine, Sampling, sample_seed
 from megatron_opsd.types import Evaluation, Example, Rollout
 
@@ -23,17 +23,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def evaluate(engine: Engine, prompts: PromptBuilder, examples: Sequence[Example], config: Config) -> Evaluation:
+def evaluate(
+    engine: Engine,
+    prompts: PromptBuilder,
+    examples: Sequence[Example],
+    config: Config,
+    give_up: Callable[[], bool] = lambda: False,
+) -> Evaluation:
     """Answer every example once greedily and ``evaluate.samples`` times sampled. All ranks call this together."""
     settings = config.evaluate
     limit = settings.max_response_tokens or config.rollout.max_response_tokens
     ids = [prompts.student(example) for example in examples]
-    rollouts = engine.generate(ids, Sampling(limit, temperature=0.0), [0] * len(ids))
+    rollouts = engine.generate(ids, Sampling(limit, temperature=0.0), [0] * len(ids), give_up)
     repeated = [i for i in range(len(ids)) for _ in range(settings.samples)]
     rollouts += engine.generate(
         [ids[i] for i in repeated],
         Sampling(limit, settings.temperature, settings.top_p, settings.top_k),
         [sample_seed(config.train.seed, 0, i) for i in range(len(repeated))],
+        give_up,
     )
     asked = [*examples, *(examples[i] for i in repeated)]
     right = grade(rollouts, asked, prompts.tokenizer, settings.answer_check)
@@ -91,7 +98,7 @@ def evaluate_checkpoint(config: Config, out: Path | None) -> Evaluation:
     expected = NameTable(read_architecture(config.model.path)).hf_tensors()
     reader = HFReader(config.model.path)
     reader.check(expected)
-    engine = ColocatedVLLM(config, max_model_len(config, prompts))
+    engine = build_engine(config, max_model_len(config, prompts))
     engine.update_weights(((name, reader.read(name)) for name in expected), version=0)
     evaluation = evaluate(engine, prompts, examples, config)
     if layout.rank == 0:

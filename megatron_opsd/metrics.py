@@ -2,9 +2,10 @@
 
 import json
 import logging
+import math
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -22,27 +23,32 @@ from megatron_opsd.types import Evaluation, StepResult
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+log = logging.getLogger(__name__)
+
 PHASES = ("rollout", "teacher", "student", "optimizer", "refit")
 
 
 class Clock:
     """Seconds of each phase of a step, on a device that has finished its work."""
 
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
+    def __init__(self, on_enter: Callable[[str], None]) -> None:
+        self._on_enter, self._start = on_enter, time.perf_counter()
         self._seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        self._on_enter(name)
         start = time.perf_counter()
         yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self._seconds[name] += time.perf_counter() - start
 
+    def elapsed(self) -> float:
+        return time.perf_counter() - self._start
+
     def seconds(self) -> dict[str, float]:
-        total = time.perf_counter() - self._start
-        return {f"seconds_{name}": value for name, value in self._seconds.items()} | {"seconds_total": total}
+        return {f"seconds_{name}": value for name, value in self._seconds.items()} | {"seconds_total": self.elapsed()}
 
 
 def memory_peak_gib() -> float:
@@ -66,11 +72,12 @@ class MetricsWriter:
         (run_dir / "config.toml").write_text(dump_toml(config))
         self._metrics = _open_log(run_dir / "metrics.jsonl", start)
         self._evaluations = _open_log(run_dir / "evaluations.jsonl", start)
-        purge = start + 1 if start else None
+        purge = start + 1 if start else 0  # also after a start that ended before its first checkpoint
         self._board = (
             SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge) if config.logging.tensorboard else None
         )
         self._rollouts, self._rollouts_interval = run_dir / "rollouts", config.logging.rollouts_interval
+        self._skipped = run_dir / "skipped"
         self._console = Console()
         columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         live = self._console.is_terminal
@@ -97,6 +104,12 @@ class MetricsWriter:
         if self.enabled:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    def warn(self, warnings: Sequence[str]) -> None:
+        """One line each, on the terminal and in the log."""
+        for text in warnings:
+            log.warning(text)
+            self.say(f"warning: {text}")
+
     def step(self, result: StepResult) -> None:
         """Record one step, and now and then its rollouts."""
         if not self.enabled:
@@ -105,6 +118,9 @@ class MetricsWriter:
         self._record(self._metrics, result.metrics)
         if is_due(step, self._rollouts_interval):
             write_jsonl(self._rollouts / f"step_{step:06d}.jsonl", _describe(result, self._tokenizer))
+        if result.metrics["skipped"]:
+            write_jsonl(self._skipped / f"step_{step:06d}.jsonl", _describe(result, self._tokenizer))
+            self.warn([f"step {step}: loss or gradient not finite; weights unchanged, its batch is in {self._skipped}"])
         numbers = _numbers(result.metrics)
         self._progress.update(self._task, completed=step, numbers=numbers)
         if self._progress.disable:
@@ -120,7 +136,8 @@ class MetricsWriter:
         self.say(f"held-out problems after {step} steps: {format_scores(scores)}")
 
     def _record(self, file: TextIO, values: dict[str, float]) -> None:
-        file.write(json.dumps(values) + "\n")
+        # JSON has no NaN.
+        file.write(json.dumps({name: value if math.isfinite(value) else None for name, value in values.items()}) + "\n")
         if self._board:
             for name, value in values.items():
                 self._board.add_scalar(name, value, int(values["step"]))

@@ -7,7 +7,9 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
 
+from megatron_opsd import parallel
 from megatron_opsd.config import OptimConfig
 from megatron_opsd.student import Student
 
@@ -54,20 +56,64 @@ def build_schedule(optimizer: MegatronOptimizer, config: OptimConfig, steps: int
     return schedule
 
 
-def optimizer_step(optimizer: MegatronOptimizer, schedule: OptimizerParamScheduler) -> tuple[float, float]:
-    """Clip, update, advance the schedule. Returns the gradient norm before clipping and the learning rate used.
+class OptimizerStates:
+    """Where the optimizer's states are: under ``optim.placement = "offload"`` on a GPU, in pinned host memory but for
+    its own step.
 
-    Raises:
-        FloatingPointError: the norm is not finite; nothing has been updated.
+    The distributed optimizer's float32 parameters are states too where the model's are bfloat16.
+    """
+
+    def __init__(self, optimizer: MegatronOptimizer, config: OptimConfig) -> None:
+        self.offloads = config.placement == "offload" and torch.cuda.is_available()
+        self._optimizer = optimizer
+        self._host: list[Tensor] = []  # made once, in the order of _tensors
+
+    def offload(self) -> None:
+        """Move them off the device."""
+        if not self.offloads:
+            return
+        tensors = self._tensors()
+        if len(tensors) != len(self._host):  # Adam makes its moments in its first step
+            self._host = [torch.empty_like(tensor, device="cpu", pin_memory=True) for tensor in tensors]
+        for tensor, host in zip(tensors, self._host, strict=True):
+            host.copy_(tensor, non_blocking=True)
+        torch.cuda.synchronize()
+        for tensor, host in zip(tensors, self._host, strict=True):
+            tensor.data = host
+
+    def load(self) -> None:
+        """Move them onto the device."""
+        for tensor in self._tensors() if self.offloads else []:
+            tensor.data = tensor.to(parallel.device(), non_blocking=True)
+
+    def _tensors(self) -> list[Tensor]:
+        parts = getattr(self._optimizer, "chained_optimizers", [self._optimizer])
+        tensors = []
+        for part in parts:
+            for group in part.optimizer.param_groups:
+                for parameter in group["params"]:
+                    states = part.optimizer.state[parameter].values()
+                    if part.config.bf16:  # else it is a view of the model's own parameter
+                        tensors.append(parameter)
+                    tensors += [state for state in states if torch.is_tensor(state) and state.dim()]
+        return tensors
+
+
+def optimizer_step(
+    optimizer: MegatronOptimizer, schedule: OptimizerParamScheduler, loss: float
+) -> tuple[float, float, bool]:
+    """Clip, update, advance the schedule. Where loss or gradient is not finite the weights stay as they are.
+
+    Returns the gradient norm before clipping, the learning rate, and whether the weights were updated.
     """
     optimizer.prepare_grads()
-    grad_norm = float(optimizer.get_grad_norm())
-    if not math.isfinite(grad_norm):
-        raise FloatingPointError(f"the gradient norm is {grad_norm}; resume from the last checkpoint with a lower lr")
+    grad_norm = float(optimizer.get_grad_norm())  # of all ranks
     lr = optimizer.param_groups[0]["lr"]
-    optimizer.step()
+    finite = math.isfinite(grad_norm) and math.isfinite(loss)
+    if finite:
+        optimizer.step()
     schedule.step(1)
-    return grad_norm, lr
+    return grad_norm, lr, finite
 
 
 def _repair_checkpoints_of_torch_adam() -> None:

@@ -132,6 +132,13 @@ def _join(timeout: timedelta) -> None:
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
 
 
+def any_rank(flag: bool) -> bool:
+    """Whether ``flag`` is true on any rank. All ranks call this."""
+    flags = torch.tensor([flag], dtype=torch.int32, device=device())
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags)
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy, torch and Megatron's trackers, on every rank alike where Megatron wants them alike."""
     seed %= 2**31  # NumPy takes 32 bits, and Megatron adds offsets

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 
@@ -13,6 +14,7 @@ from megatron_opsd.errors import UserError
 from megatron_opsd.prompts import SEAM_TOKENS, PromptBuilder, build_prompts, max_model_len
 from megatron_opsd.types import Example
 
+VLLM_REMEDY = "the rollout engine: pip install 'megatron-opsd[cpu]' or 'megatron-opsd[gpu]'"
 KV_BYTES = {"bfloat16": 2, "float32": 4}
 
 
@@ -26,8 +28,12 @@ def check(config: Config, world_size: int | None, train: bool = True) -> None:
         UserError: one line that names the file or field, the value and the remedy.
     """
     arch = read_architecture(config.model.path)
-    check_installed("vllm", "the rollout engine: pip install 'megatron-opsd[cpu]' or 'megatron-opsd[gpu]'")
-    check_rollout_parallel(config, arch, world_size)
+    colocated = config.rollout.engine == "colocated"
+    if colocated:
+        check_installed("vllm", VLLM_REMEDY)
+        check_rollout_parallel(config, arch, world_size)
+    else:
+        check_servers(config)
     if train:
         check_parallel(config, arch, world_size)
         check_batch(config, world_size)
@@ -36,10 +42,54 @@ def check(config: Config, world_size: int | None, train: bool = True) -> None:
         check_data(config.evaluate.data, "evaluate.data", held_out=True)
     elif config.evaluate.interval:
         raise UserError("evaluate.interval is on but evaluate.data.path is missing; set it or evaluate.interval = 0")
+    if config.optim.placement == "offload" and not config.optim.use_distributed_optimizer:
+        raise UserError("optim.placement = 'offload' needs optim.use_distributed_optimizer = true; change either")
     if config.optim.min_lr > config.optim.lr:
         raise UserError(f"optim.min_lr = {config.optim.min_lr} exceeds optim.lr = {config.optim.lr}; lower it")
-    check_lengths(config, arch, build_prompts(config), train)
+    prompts = build_prompts(config)
+    check_lengths(config, arch, prompts, train)
+    if colocated:
+        check_kv_cache(config, arch, max_model_len(config, prompts))
     check_run_dir(Path(config.logging.run_dir))
+
+
+def check_server(config: Config) -> None:
+    """Check what ``opsd serve`` needs: the model and its lengths, but no data.
+
+    Raises:
+        UserError: as :func:`check`.
+    """
+    arch = read_architecture(config.model.path)
+    check_installed("vllm", VLLM_REMEDY)
+    check_rollout_parallel(config, arch, world_size=None)
+    prompts = build_prompts(config)
+    check_lengths(config, arch, prompts, train=False)
+    check_kv_cache(config, arch, max_model_len(config, prompts))
+
+
+def check_servers(config: Config) -> None:
+    """The list of servers; whether they answer shows when the run starts."""
+    servers = config.rollout.servers
+    if not servers:
+        raise UserError(
+            "rollout.engine = 'server' needs rollout.servers, such as [\"http://127.0.0.1:8000\"]; start each with "
+            "`opsd serve FILE.toml`"
+        )
+    for i, url in enumerate(servers):
+        if not _is_base_url(url):
+            raise UserError(f"rollout.servers = {url!r}: must be the URL of a server, such as http://127.0.0.1:8000")
+        if url in servers[:i]:
+            raise UserError(f"rollout.servers = {url!r}: stands there twice; remove one")
+
+
+def _is_base_url(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        named = bool(parts.hostname) and parts.port is not None
+    except ValueError:  # a port that is none
+        return False
+    more = parts.path.strip("/") or parts.query or parts.fragment or parts.username
+    return parts.scheme in ("http", "https") and named and not more
 
 
 def check_installed(package: str, remedy: str) -> None:
@@ -138,12 +188,12 @@ def check_lengths(config: Config, arch: Architecture, prompts: PromptBuilder, tr
                 f"{arch.max_position_embeddings}; lower data.max_problem_tokens, data.max_solution_tokens or "
                 "rollout.max_response_tokens"
             )
-    if not _has_gpu():
-        check_kv_cache(config, arch, longest["student"])
 
 
 def check_kv_cache(config: Config, arch: Architecture, length: int) -> None:
     """The KV cache on CPU: room for one sequence at least, and memory for it. On a GPU vLLM measures for itself."""
+    if _has_gpu():
+        return
     groups = max(1, arch.num_query_groups // config.rollout.tensor_model_parallel_size)
     token = 2 * arch.num_layers * groups * arch.kv_channels * KV_BYTES[config.model.dtype]
     gib, needed = config.rollout.kv_cache_gib, token * length / 2**30

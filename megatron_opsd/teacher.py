@@ -29,9 +29,8 @@ class Teacher:
 
         On the last pipeline stage a list as long as ``microbatches``; elsewhere an empty one.
         """
-        self._load()
         b, length = microbatches[0].teacher.tokens.shape  # for a pipeline, in which they all have one shape
-        targets = get_forward_backward_func()(
+        return get_forward_backward_func()(
             forward_step_func=self._forward_step,
             data_iterator=iter(microbatches),
             model=self.model,
@@ -40,8 +39,6 @@ class Teacher:
             micro_batch_size=b,
             forward_only=True,
         )
-        self.offload()
-        return targets
 
     def _forward_step(self, work: Iterator[Microbatch], model: HiddenStateGPT) -> tuple[Tensor, partial]:
         microbatch = next(work)
@@ -74,6 +71,7 @@ class Teacher:
                 self._offloaded[name] = parameter.data.cpu().pin_memory()
             parameter.data = self._offloaded[name]
 
-    def _load(self) -> None:
+    def load(self) -> None:
+        """Move them back."""
         for name, weight in self._offloaded.items():
             self.model.get_parameter(name).data = weight.to(self._device, non_blocking=True)

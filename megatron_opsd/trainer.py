@@ -1,13 +1,15 @@
 """On-Policy Self-Distillation, one step after the other."""
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_opsd import checkpoint, parallel
+from megatron_opsd import checkpoint, parallel, run_dir
 from megatron_opsd.batch import Batch, Sample, padding_share, split
 from megatron_opsd.config import Config
 from megatron_opsd.conversion.architecture import read_architecture
@@ -16,31 +18,38 @@ from megatron_opsd.conversion.hf_files import HFReader, write_hf
 from megatron_opsd.conversion.load import load_hf
 from megatron_opsd.conversion.mapping import NameTable
 from megatron_opsd.data import Sampler, read_examples, read_held_out
-from megatron_opsd.errors import UserError
+from megatron_opsd.errors import AbandonedError, RunStoppedError, UserError
 from megatron_opsd.evaluate import evaluate, grade
+from megatron_opsd.guards import Guards
+from megatron_opsd.interruption import Interruption
+from megatron_opsd.memory import DeviceMemory
 from megatron_opsd.metrics import Clock, MetricsWriter, is_due, memory_peak_gib, start_logging
 from megatron_opsd.model import HiddenStateGPT, build_model
-from megatron_opsd.optim import build_optimizer, build_schedule, optimizer_step
+from megatron_opsd.optim import OptimizerStates, build_optimizer, build_schedule, optimizer_step
 from megatron_opsd.prompts import build_prompts, max_model_len
-from megatron_opsd.rollout.colocated import ColocatedVLLM
+from megatron_opsd.rollout import build_engine
 from megatron_opsd.rollout.engine import Sampling, sample_seed
 from megatron_opsd.rollout.refit import check_logprob_gap, refit
 from megatron_opsd.student import Student
 from megatron_opsd.teacher import Teacher
 from megatron_opsd.types import Evaluation, Example, Rollout, StepResult
+from megatron_opsd.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
+
+SAVE_MARGIN = 1.5  # how much longer than the last save the next may take
 
 
 class Trainer:
     """All that a run needs, built in the order that finds mistakes first. ``step`` is the algorithm."""
 
-    def __init__(self, config: Config, layout: parallel.Layout) -> None:
-        self.config, self.layout = config, layout
+    def __init__(self, config: Config, layout: parallel.Layout, interruption: Interruption) -> None:
+        self.config, self.layout, self.interruption = config, layout, interruption
+        self.watchdog = Watchdog(config.timeouts, interruption)
         self.run_dir = Path(config.logging.run_dir)
-        found = [checkpoint.find(self.run_dir, config.checkpoint.resume) if layout.rank == 0 else None]
-        dist.broadcast_object_list(found)  # one rank looks: file systems may show the others something older
-        (resume_from,) = found
+        resume_from = checkpoint.find(self.run_dir, config.checkpoint.resume)
+        self.checkpoints = checkpoint.Checkpoints(self.run_dir, config.checkpoint)
+        self.guards = Guards(config.guards)
         self.prompts = build_prompts(config)
         self.sampler = Sampler(read_examples(config.data, self.prompts.tokenizer), config.train.seed)
         check_same_data(self.sampler)
@@ -48,7 +57,7 @@ class Trainer:
         reader = HFReader(config.model.path)
         reader.check(self.table.hf_tensors())
 
-        self.engine = ColocatedVLLM(config, max_model_len(config, self.prompts))
+        self.engine = build_engine(config, max_model_len(config, self.prompts))
         self.engine.sleep()
         self.teacher = Teacher(self._load_model(reader), config.teacher.placement)
         self.teacher_identity = self.teacher.identity(self._exporter(self.teacher.model))
@@ -56,32 +65,41 @@ class Trainer:
         self.student = Student(self._load_model(reader), layout, config, self.table.arch.vocab_size)
         self.optimizer = build_optimizer(self.student, config.optim)
         self.schedule = build_schedule(self.optimizer, config.optim, config.train.steps)
+        states = OptimizerStates(self.optimizer, config.optim)
+        self.memory = DeviceMemory(self.engine, self.teacher, self.student, states)
         self.exporter = self._exporter(self.student.model)
         self.steps_done = 0  # also the version of the student's weights
+        self.saved, self.evaluated = 0, -1  # after which step, last
+        self._sampled = self.sampler.state_dict()  # where the sampler stood after them
+        self._step_seconds = math.inf  # not known yet
         if resume_from:
             self._resume(resume_from)
+        self.memory.enter("refit")
         refit(self.exporter, self.engine, self.steps_done, verify=True)
 
     def step(self) -> StepResult:
         """One step of On-Policy Self-Distillation."""
-        config, layout, clock = self.config, self.layout, Clock()
+        config, layout, clock = self.config, self.layout, Clock(self._enter)
+        late = partial(self._late, clock)
         parallel.seed_everything(sample_seed(config.train.seed, self.steps_done, 0))
         with clock.phase("rollout"):
             examples = self._next_examples()
-            rollouts = self._generate(examples)
-            self.engine.sleep()
+            rollouts = self._generate(examples, late)
+        self._give_up_if(late)
         batch = self._build_batch(examples, rollouts)
         microbatches = split(
             batch, config.train.micro_batch_size, layout.dp_group, config.objective.normalization, parallel.device()
         )
         with clock.phase("teacher"):
             targets = self.teacher.score(microbatches)
+        self._give_up_if(late)
         with clock.phase("student"):
             losses = self.student.forward_backward(microbatches, self.teacher.head_weight(), targets)
         check_logprob_gap(losses, rollouts[0].weight_version, config)
         with clock.phase("optimizer"):
-            grad_norm, lr = optimizer_step(self.optimizer, self.schedule)
+            grad_norm, lr, updated = optimizer_step(self.optimizer, self.schedule, losses.means()["loss"])
             self.steps_done += 1
+            self._sampled = self.sampler.state_dict()
         with clock.phase("refit"):
             verify = is_due(self.steps_done, config.rollout.refit_verify_interval)
             refit(self.exporter, self.engine, self.steps_done, verify)
@@ -93,6 +111,7 @@ class Trainer:
             **({"accuracy": sum(known) / len(known)} if known else {}),
             "grad_norm": grad_norm,
             "lr": lr,
+            "skipped": int(not updated),
             "tokens": losses.tokens,
             "padding_share": padding_share(batch, config.train.micro_batch_size, layout.dp_group.size()),
             "response_length": sum(len(rollout.token_ids) for rollout in rollouts) / len(rollouts),
@@ -101,20 +120,32 @@ class Trainer:
             "tokens_per_second": losses.tokens / seconds["seconds_total"],
             "memory_peak_gib": memory_peak_gib(),
         }
+        self._step_seconds = seconds["seconds_total"]
         return StepResult(metrics, examples, rollouts, correct)
 
     def evaluate(self, examples: Sequence[Example]) -> Evaluation:
         """Accuracy of the student's weights as the engine holds them."""
-        return evaluate(self.engine, self.prompts, examples, self.config)
+        self._enter("evaluate")
+        evaluation = evaluate(self.engine, self.prompts, examples, self.config, lambda: self.interruption.received)
+        self.evaluated = self.steps_done
+        return evaluation
 
     def save(self) -> None:
-        """Write a checkpoint of the run as it stands between two steps."""
-        progress = checkpoint.Progress(self.steps_done, self.sampler.state_dict(), self.teacher_identity)
-        path = checkpoint.save(self.run_dir, self.student.model, self.optimizer, progress)
-        log.info("saved %s", path)
+        """Begin to write a checkpoint of the run as it stands between two steps."""
+        self.watchdog.enter("save")
+        guards = self.guards.state_dict()
+        progress = checkpoint.Progress(self.steps_done, self._sampled, self.teacher_identity, self.evaluated, guards)
+        self.saved = self.steps_done
+        self.checkpoints.save(self.student.model, self.optimizer, progress, keep=self.guards.best_step)
+
+    def finish_saving(self, wait: bool = True) -> None:
+        """Complete the checkpoint under way; without ``wait`` only if it has been written by now."""
+        self.watchdog.enter("save")
+        self.checkpoints.finish(wait)
 
     def export_hf(self) -> None:
         """Write the student as a Hugging Face directory, run_dir/hf."""
+        self.watchdog.enter("save")
         dtype = self.student.model.config.params_dtype
         if self.layout.rank == 0:
             write_hf(self.exporter, Path(self.config.model.path), self.run_dir / "hf", dtype)
@@ -137,9 +168,26 @@ class Trainer:
     def _resume(self, path: Path) -> None:
         progress = checkpoint.load(path, self.student.model, self.optimizer, self.teacher_identity)
         self.sampler.load_state_dict(progress.sampler)
-        self.steps_done = progress.step
+        self.guards.load_state_dict(progress.guards)
+        self._sampled = progress.sampler
+        self.steps_done = self.saved = progress.step
+        self.evaluated = progress.evaluated
         self.schedule.step(self.steps_done)
         log.info("resumed from %s", path)
+
+    def _enter(self, phase: str) -> None:
+        self.watchdog.enter(phase)
+        self.memory.enter(phase)
+
+    def _late(self, clock: Clock) -> bool:
+        """Whether a signal has come that leaves this rank too little time to finish the step and save after it."""
+        step = max(0.0, self._step_seconds - clock.elapsed())
+        save = SAVE_MARGIN * self.checkpoints.seconds if self.config.checkpoint.save_interval else 0.0
+        return self.interruption.late(step + save)
+
+    def _give_up_if(self, late: Callable[[], bool]) -> None:
+        if parallel.any_rank(late()):
+            raise AbandonedError("could not end in time")
 
     def _next_examples(self) -> list[Example]:
         """The step's problems, each as often as it is sampled."""
@@ -147,11 +195,11 @@ class Trainer:
         drawn = self.sampler.next_batch(self.config.train.global_batch_size // samples)
         return [example for example in drawn for _ in range(samples)]
 
-    def _generate(self, examples: Sequence[Example]) -> list[Rollout]:
+    def _generate(self, examples: Sequence[Example], late: Callable[[], bool]) -> list[Rollout]:
         rollout = self.config.rollout
         sampling = Sampling(rollout.max_response_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
         seeds = [sample_seed(self.config.train.seed, self.steps_done + 1, i) for i in range(len(examples))]
-        rollouts = self.engine.generate([self.prompts.student(example) for example in examples], sampling, seeds)
+        rollouts = self.engine.generate([self.prompts.student(x) for x in examples], sampling, seeds, late)
         assert all(rollout.weight_version == self.steps_done for rollout in rollouts), "stale weights"
         return rollouts
 
@@ -185,37 +233,70 @@ class Trainer:
 
 
 def train(config: Config) -> None:
-    """Run until ``train.steps``, evaluating and saving on the way. Every rank of the run calls this."""
+    """Run until ``train.steps``, or until a signal. Every rank of the run calls this."""
     layout = parallel.initialize(config.parallel, config.train.seed)
-    run_dir = Path(config.logging.run_dir)
-    start_logging(run_dir, layout.rank)
+    interruption = Interruption(config.checkpoint.signal_lead_seconds)
+    folder = Path(config.logging.run_dir)
+    if layout.rank == 0:
+        run_dir.prepare(folder)
+        print(f"loading {config.model.path} on {layout.world_size} ranks; messages go to {folder / 'logs'}", flush=True)
+    dist.barrier()
+    start_logging(folder, layout.rank)
     held_out: list[Example] = []
     if config.evaluate.data and config.evaluate.interval:
         tokenizer = build_prompts(config).tokenizer
         held_out = read_held_out(config.evaluate.data, tokenizer)[: config.evaluate.limit]
-    if layout.rank == 0:
-        print(
-            f"loading {config.model.path} on {layout.world_size} ranks; messages go to {run_dir / 'logs'}", flush=True
-        )
-    trainer = Trainer(config, layout)
-    last, saves = config.train.steps, config.checkpoint.save_interval
+    trainer = Trainer(config, layout, interruption)
     with MetricsWriter(config, trainer.prompts.tokenizer, trainer.steps_done, enabled=layout.rank == 0) as writer:
         if trainer.steps_done:
             writer.say(f"going on after step {trainer.steps_done}")
-        if trainer.steps_done == 0 and held_out:
-            writer.evaluation(0, trainer.evaluate(held_out))
-        while trainer.steps_done < last:
-            writer.step(trainer.step())
-            done = trainer.steps_done
-            if held_out and (done == last or is_due(done, config.evaluate.interval)):
-                writer.evaluation(done, trainer.evaluate(held_out))
-            if saves and (done == last or is_due(done, saves)):
-                trainer.save()
-        if config.checkpoint.export_hf:
+        finished = run(trainer, held_out, writer)
+        if finished and config.checkpoint.export_hf:
             trainer.export_hf()
-            writer.say(f"the trained model is in {run_dir / 'hf'}")
+            writer.say(f"the trained model is in {folder / 'hf'}")
+    if layout.rank == 0:
+        outcome = ("finished", "all steps are done") if finished else ("interrupted", f"{interruption.name}, saved")
+        run_dir.write_outcome(folder, outcome[0], f"{outcome[1]} after step {trainer.steps_done}")
+    trainer.watchdog.close()
     trainer.engine.close()
     parallel.finalize()
+
+
+def run(trainer: Trainer, held_out: Sequence[Example], writer: MetricsWriter) -> bool:
+    """Steps, evaluations and checkpoints until all are done, or saved after a signal. Returns whether all are done."""
+    settings, last = trainer.config, trainer.config.train.steps
+    saves = settings.checkpoint.save_interval
+    try:
+        while True:
+            done = trainer.steps_done
+            due = done in (0, last) or is_due(done, settings.evaluate.interval)
+            if held_out and due and trainer.evaluated < done:
+                evaluation = trainer.evaluate(held_out)
+                writer.evaluation(done, evaluation)
+                writer.warn(trainer.guards.evaluation(done, evaluation))
+            if done == last:
+                break
+            if parallel.any_rank(trainer.interruption.received):
+                raise AbandonedError("not begun")
+            save_due = is_due(done, saves) and trainer.saved < done
+            try:
+                trainer.finish_saving(wait=save_due)
+                if save_due:
+                    trainer.save()
+            except checkpoint.SaveError as error:
+                writer.warn([f"{error}; going on without it"])
+            result = trainer.step()
+            writer.step(result)
+            writer.warn(trainer.guards.step(result.metrics))
+    except AbandonedError as reason:
+        writer.say(f"{trainer.interruption.name} after step {trainer.steps_done}, the next {reason}: saving, leaving")
+    except RunStoppedError:
+        trainer.finish_saving()
+        raise
+    if saves and trainer.saved < trainer.steps_done:
+        trainer.save()
+    trainer.finish_saving()
+    return trainer.steps_done == last
 
 
 def check_same_data(sampler: Sampler) -> None:

@@ -165,13 +165,12 @@ def make_plan(config: Config, cluster: Cluster) -> Plan:
         teacher_length=lengths.teacher,
     )
     rollout = _rollout(config, arch, cluster, lengths.rollout)
-    stages, teachers = _stages(config, arch, cluster, batch, rollout)
+    stages, offloaded = _stages(config, arch, cluster, batch, rollout)
     tensors = NameTable(arch).hf_tensors()
     total = sum(prod(shape) for shape in tensors.values())
     rows = arch.padded_vocab_size(layout.tensor_model_parallel_size) - arch.vocab_size
     tables = 1 if arch.share_embeddings_and_output_weights else 2
     element = ELEMENT[config.model.dtype]
-    offloaded = max(teachers) * cluster.gpus_per_node if config.teacher.placement == "offload" else 0
     return Plan(
         model=Path(config.model.path).name,
         is_published=is_published,
@@ -182,7 +181,7 @@ def make_plan(config: Config, cluster: Cluster) -> Plan:
         stages=stages,
         checkpoint=(element + 12) * (total + rows * tables * arch.hidden_size),
         hf_export=element * total,
-        pinned_host_memory=offloaded,
+        pinned_host_memory=max(offloaded) * cluster.gpus_per_node,
     )
 
 
@@ -204,10 +203,10 @@ def _rollout(config: Config, arch: Architecture, cluster: Cluster, longest: int)
 def _stages(
     config: Config, arch: Architecture, cluster: Cluster, batch: Batch, rollout: Rollout
 ) -> tuple[list[Stage], list[int]]:
-    """The stages, and what of each one's teacher leaves the device under teacher.placement = offload."""
+    """The stages, and the bytes that leave each one's devices, where the configuration lets them."""
     layers = stage_layers(arch, config.model, config.parallel)
     last = len(layers) - 1
-    stages, teachers = [], []
+    stages, offloaded = [], []
     for stage, count in enumerate(layers):
         # Stages between the edges that have as many layers are alike: one is built for all.
         alike = stage if stage in (0, last) else 1 + layers[1:last].index(count)
@@ -228,8 +227,9 @@ def _stages(
         )
         phases = _phases(config, arch, batch, rollout, kept, stage, layers)
         stages.append(Stage(count, sum(parameter.numel for parameter in parameters), phases))
-        teachers.append(kept.teacher - kept.teacher_head)
-    return stages, teachers
+        teacher = kept.teacher - kept.teacher_head if config.teacher.placement == "offload" else 0
+        offloaded.append(teacher + (kept.optimizer if config.optim.placement == "offload" else 0))
+    return stages, offloaded
 
 
 def _phases(
@@ -237,15 +237,17 @@ def _phases(
 ) -> dict[str, dict[str, int]]:
     """What the trainer leaves on the device while each phase runs. Zeros are left out.
 
-    vLLM's engine sleeps but in the rollout and, its weights alone, in the refit. The student's weights, gradients and
-    optimizer states never leave. The teacher's hidden states live until the step ends.
+    vLLM's engine sleeps but in the rollout and, its weights alone, in the refit. The student's weights never leave, its
+    gradients and optimizer states do under optim.placement = offload. The teacher's hidden states live until the step ends.
     """
     is_last = stage == len(layers) - 1
     b = batch.micro_batch_size
     student, teacher = b * batch.student_length, b * batch.teacher_length
     responses = batch.global_batch_size // batch.data_parallel_size * config.rollout.max_response_tokens  # of a step
     response = min(responses, student if config.train.packing else b * config.rollout.max_response_tokens)
-    training = {"student weights": kept.weights, "gradients": kept.gradients, "optimizer states": kept.optimizer}
+    gradients, states = {"gradients": kept.gradients}, {"optimizer states": kept.optimizer}
+    optional = gradients | states
+    training = {"student weights": kept.weights} | ({} if config.optim.placement == "offload" else optional)
     offloads = config.teacher.placement == "offload"
     cache = responses * arch.hidden_size * ELEMENT[config.model.dtype] if is_last else 0
     always = training | {"teacher weights": kept.teacher_head if offloads else kept.teacher}
@@ -263,9 +265,10 @@ def _phases(
             "activations": formulas.teacher_activations(config, arch, teacher),
         },
         "student": after
+        | gradients
         | formulas.student_activations(config, arch, layers[stage], stage, student, batch.microbatches)
         | (formulas.loss(config, arch, student, response) if is_last else {}),
-        "optimizer": after,
+        "optimizer": after | optional,
         "refit": after | {"vLLM weights": rollout.weights, "refit buckets": formulas.refit_staging(config, arch)},
     }
     reserved = {"CUDA and NCCL (assumed)": formulas.RESERVED}

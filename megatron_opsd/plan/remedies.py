@@ -126,6 +126,10 @@ def _offload_teacher(config: Config, cluster: Cluster, plan: Plan) -> Changes:
     return {"teacher.placement": "offload"} if config.teacher.placement == "resident" else {}
 
 
+def _offload_optimizer(config: Config, cluster: Cluster, plan: Plan) -> Changes:
+    return {"optim.placement": "offload"} if config.optim.placement == "resident" else {}
+
+
 def _distributed_optimizer(config: Config, cluster: Cluster, plan: Plan) -> Changes:
     return {} if config.optim.use_distributed_optimizer else {"optim.use_distributed_optimizer": True}
 
@@ -170,6 +174,7 @@ _STEPS: list[Callable[[Config, Cluster, Plan], Changes]] = [
     _smaller_chunks,
     _distributed_optimizer,
     _offload_teacher,
+    _offload_optimizer,
     _one_sequence,
     _recompute,
     _rollout_tensor_parallel,

@@ -86,7 +86,11 @@ def _facts(config: Config, plan: Plan) -> list[tuple[str, str]]:
             f"data {batch.data_parallel_size}{experts if layout.expert_model_parallel_size > 1 else ''}"
             f"{', sequence parallel' if layout.sequence_parallel else ''}",
         ),
-        ("memory", f"recompute {config.model.recompute}, teacher {config.teacher.placement}{host}"),
+        (
+            "memory",
+            f"recompute {config.model.recompute}, teacher {config.teacher.placement}, "
+            f"optimizer {config.optim.placement}{host}",
+        ),
         (
             "step",
             f"{batch.global_batch_size} sequences: {batch.microbatches} micro-batches of {batch.micro_batch_size} on "

@@ -1,7 +1,9 @@
 """vLLM inside the training processes, in turns with training on the same devices."""
 
+import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,27 +11,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_opsd.config import Config
+from megatron_opsd.errors import AbandonedError
 from megatron_opsd.rollout.engine import Sampling
+from megatron_opsd.rollout.vllm_setup import (
+    after_reload,
+    before_reload,
+    engine_arguments,
+    prepare_environment,
+    sampling_arguments,
+)
 from megatron_opsd.types import Rollout
 
 if TYPE_CHECKING:
     from vllm import LLM
-
-
-def prepare_environment() -> None:
-    """What vLLM reads from the environment while it is imported; values the user has set stay.
-
-    The one place where the project sets variables for vLLM.
-    """
-    settings = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in this process
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CONFIGURE_LOGGING": "0",  # vLLM's messages go where the run's go
-    }
-    if not torch.cuda.is_available():
-        settings |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1", "VLLM_HOST_IP": "127.0.0.1"}
-    for name, value in settings.items():
-        os.environ.setdefault(name, value)
 
 
 class ColocatedVLLM:
@@ -43,36 +37,48 @@ class ColocatedVLLM:
         size = config.rollout.tensor_model_parallel_size
         self._engine, self._rank_in_engine = divmod(dist.get_rank(), size)
         self._engines = dist.get_world_size() // size
+        self._group = _join_group(size) if size > 1 else None
         self._can_sleep = torch.cuda.is_available()
         self._version = -1
+        self._asleep: set[str] = set()
 
-    def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Rollout]:
+    def generate(
+        self,
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        give_up: Callable[[], bool] = lambda: False,
+    ) -> list[Rollout]:
         from vllm import SamplingParams
 
         assert self._version >= 0, "refit before the first token"
         own = slice(self._engine, None, self._engines)
-        outputs = self._llm.generate(
+        self._llm.enqueue(
             [{"prompt_token_ids": prompt} for prompt in prompts[own]],
-            [
-                SamplingParams(
-                    max_tokens=sampling.max_tokens,
-                    temperature=sampling.temperature,
-                    top_p=sampling.top_p,
-                    top_k=sampling.top_k,
-                    seed=seed,
-                    logprobs=0,  # of the sampled token alone, at temperature 1
-                    detokenize=False,
-                )
-                for seed in seeds[own]
-            ],
+            [SamplingParams(**sampling_arguments(sampling, seed)) for seed in seeds[own]],
             use_tqdm=False,
         )
-        rollouts = [self._rollout(output.outputs[0]) for output in outputs]
+        rollouts = self._run(give_up)
         # One rank speaks for each engine; all ranks get all rollouts.
-        gathered: list[list[Rollout]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(gathered, rollouts if self._rank_in_engine == 0 else [])
-        by_engine = gathered[:: dist.get_world_size() // self._engines]
+        gathered: list[list[Rollout] | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, rollouts if self._rank_in_engine == 0 or rollouts is None else [])
+        if any(part is None for part in gathered):
+            raise AbandonedError("was given up while its rollouts were written")
+        by_engine = [part or [] for part in gathered][:: dist.get_world_size() // self._engines]
         return [by_engine[i % self._engines][i // self._engines] for i in range(len(prompts))]
+
+    def _run(self, give_up: Callable[[], bool]) -> list[Rollout] | None:
+        """The rollouts of all requests in their order; None where they were given up, by all ranks of this engine."""
+        engine, outputs = self._llm.llm_engine, []
+        for step in itertools.count():
+            if not engine.has_unfinished_requests():
+                return [self._rollout(output.outputs[0]) for output in sorted(outputs, key=lambda o: int(o.request_id))]
+            # The ranks of an engine must do the same at the same step, so they ask one another, but not too often.
+            leave = give_up() if self._group is None else step % 16 == 0 and _any(give_up(), self._group)
+            if leave:
+                return None
+            outputs += [output for output in engine.step() if output.finished]
+        raise AssertionError
 
     def _rollout(self, completion: "object") -> Rollout:
         token_ids = list(completion.token_ids)  # type: ignore[attr-defined]
@@ -81,11 +87,9 @@ class ColocatedVLLM:
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         self._version = -1  # until the whole set has arrived
-        if not torch.cuda.is_available():
-            self._llm.apply_model(_unpack_experts)
+        self._llm.apply_model(partial(before_reload, model_config=self._llm.llm_engine.model_config))
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_tensors)})
-        if not torch.cuda.is_available():
-            self._llm.apply_model(_pack_tied_head)
+        self._llm.apply_model(after_reload)
         self._llm.reset_prefix_cache()
         self._version = version
 
@@ -93,57 +97,44 @@ class ColocatedVLLM:
         if self._can_sleep:
             self._version = -1  # level 2 drops the weights
             self._llm.sleep(level=2)
+            self._asleep = {"weights", "kv_cache"}
 
     def wake_up_weights(self) -> None:
-        if self._can_sleep:
-            self._llm.wake_up(tags=["weights"])
+        self._wake_up("weights")
 
     def wake_up_kv_cache(self) -> None:
-        if self._can_sleep:
-            self._llm.wake_up(tags=["kv_cache"])
+        self._wake_up("kv_cache")
+
+    def _wake_up(self, tag: str) -> None:
+        if tag in self._asleep:  # vLLM would map memory that is awake once more
+            self._llm.wake_up(tags=[tag])
+            self._asleep.remove(tag)
 
     def close(self) -> None:
         self._llm.llm_engine.engine_core.shutdown()
 
 
-def _unpack_experts(model: "torch.nn.Module") -> None:
-    """On CPU vLLM packs the experts' weights when it first makes their kernel, and copies a reload's in unpacked.
-
-    Without its kernel a layer takes the reload as its first weights.
-    """
-    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
-
-    for module in model.modules():
-        if isinstance(module, UnquantizedFusedMoEMethod):
-            module.moe_kernel = None
+def _join_group(size: int) -> dist.ProcessGroup:
+    """The ranks of this rank's engine, on the host. All ranks of the run call this."""
+    first = range(0, dist.get_world_size(), size)
+    groups = [dist.new_group(list(range(rank, rank + size)), backend="gloo") for rank in first]
+    return groups[dist.get_rank() // size]  # type: ignore[return-value]
 
 
-def _pack_tied_head(model: "torch.nn.Module") -> None:
-    """On CPU vLLM packs a copy of the head's weight; a reload does not refresh it where the embedding is the head."""
-    head = model.get_submodule("lm_head")
-    head.quant_method.process_weights_after_loading(head)  # type: ignore[union-attr, operator]
+def _any(flag: bool, group: dist.ProcessGroup) -> bool:
+    flags = torch.tensor([flag], dtype=torch.int32)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
+    return bool(flags)
 
 
 def _start(config: Config, max_model_len: int) -> "LLM":
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine lives in this process
+    os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")  # vLLM's messages go where the run's go
     prepare_environment()
     from vllm import LLM
 
-    rollout = config.rollout
-    on_gpu = torch.cuda.is_available()
     return LLM(
-        config.model.path,
-        dtype=config.model.dtype,
-        load_format="dummy",
-        tensor_parallel_size=rollout.tensor_model_parallel_size,
+        **engine_arguments(config, max_model_len),
         distributed_executor_backend="external_launcher",
-        max_model_len=max_model_len,
-        max_num_seqs=rollout.max_num_seqs,
-        enforce_eager=rollout.enforce_eager or not on_gpu,
-        gpu_memory_utilization=rollout.gpu_memory_utilization,
-        kv_cache_memory_bytes=None if on_gpu else int(rollout.kv_cache_gib * 2**30),
-        enable_sleep_mode=on_gpu,
-        enable_chunked_prefill=None if on_gpu else False,  # it rewinds seeded generators, which the CPU's cannot
-        max_num_batched_tokens=None if on_gpu else max(max_model_len, 8192),
-        seed=config.train.seed,
-        disable_log_stats=True,
+        enable_sleep_mode=torch.cuda.is_available(),
     )

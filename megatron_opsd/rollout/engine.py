@@ -1,6 +1,6 @@
 """What the trainer asks of a rollout engine."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,13 +19,27 @@ class Sampling:
     top_k: int = -1
 
 
+class NoServerLeftError(RuntimeError):
+    """No rollout server is left to write rollouts or to take weights: the message says what became of each."""
+
+
 class Engine(Protocol):
     """Every rank calls each method together with all others."""
 
-    def generate(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Rollout]:
+    def generate(
+        self,
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        give_up: Callable[[], bool] = lambda: False,
+    ) -> list[Rollout]:
         """One rollout a prompt, in order, the same list on every rank.
 
         seeds: one a prompt; a rollout depends on its prompt, seed and the weights, not on its neighbours.
+        give_up: asked now and then, on each rank.
+
+        Raises:
+            AbandonedError: on all ranks, where ``give_up`` was true on one and rollouts were still missing.
         """
         ...
 

@@ -10,13 +10,15 @@ ROOT = Path(__file__).parents[2]
 ARITHMETIC = ROOT / "examples" / "arithmetic"
 
 
+SETTINGS = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "COLUMNS": "160"}
+
+
 def run(command: list[str], timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a command from the root of the repository, one thread a process."""
-    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "COLUMNS": "160"}
     return subprocess.run(
         command,
         cwd=ROOT,
-        env=os.environ | settings | environment,
+        env=os.environ | SETTINGS | environment,
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -31,12 +33,16 @@ def python(*arguments: object, timeout: float = 300) -> str:
     return done.stdout
 
 
-def opsd(command: str, overrides: dict[str, str], ranks: int = 1, timeout: float = 300, out: Path | None = None) -> str:
+def torchrun(command: str, overrides: dict[str, str], ranks: int) -> list[str]:
     """``opsd COMMAND examples/arithmetic/opsd.toml`` on ``ranks`` processes of this machine."""
     flags = [part for name, value in overrides.items() for part in (f"--{name}", value)]
-    flags += ["--out", str(out)] if out else []
-    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
-    return python(*launcher, "-m", "megatron_opsd", command, ARITHMETIC / "opsd.toml", *flags, timeout=timeout)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return [*launcher, "-m", "megatron_opsd", command, str(ARITHMETIC / "opsd.toml"), *flags]
+
+
+def opsd(command: str, overrides: dict[str, str], ranks: int = 1, timeout: float = 300, out: Path | None = None) -> str:
+    """Run :func:`torchrun`'s command; returns what it printed."""
+    return python(*torchrun(command, overrides, ranks), *(("--out", out) if out else ()), timeout=timeout)
 
 
 def write_problems(folder: Path, rows: int = 4096) -> dict[str, str]:

@@ -18,7 +18,7 @@ from megatron_opsd.evaluate import grade
 from megatron_opsd.model import build_model
 from megatron_opsd.preflight import max_model_len
 from megatron_opsd.prompts import build_prompts
-from megatron_opsd.rollout.colocated import ColocatedVLLM
+from megatron_opsd.rollout import build_engine
 from megatron_opsd.rollout.engine import Sampling
 from megatron_opsd.teacher import Teacher
 
@@ -106,7 +106,7 @@ def three_readers(run_dir: str, overrides: dict[str, str]) -> None:
     limit = config.rollout.max_response_tokens
 
     table, reader = NameTable(read_architecture(config.model.path)), HFReader(config.model.path)
-    engine = ColocatedVLLM(config, max_model_len(config, prompts))
+    engine = build_engine(config, max_model_len(config, prompts))
     engine.update_weights(((name, reader.read(name)) for name in table.hf_tensors()), version=0)
     rollouts = engine.generate(ids, Sampling(limit, temperature=0.0), [0] * len(ids))
     assert sum(grade(rollouts, examples, prompts.tokenizer, "exact")) >= 0.9 * len(examples)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron_opsd import parallel
 from megatron_opsd.config import Config, load_config
 from megatron_opsd.conversion.export import Exporter
+from megatron_opsd.interruption import Interruption
 from megatron_opsd.rollout.engine import Sampling
 from megatron_opsd.rollout.refit import RefitError, refit
 from megatron_opsd.trainer import Trainer
@@ -61,7 +62,7 @@ def arithmetic(run_dir: str) -> Config:
 
 def build(run_dir: str) -> Trainer:
     config = arithmetic(run_dir)
-    return Trainer(config, parallel.initialize(config.parallel, seed=0))
+    return Trainer(config, parallel.initialize(config.parallel, seed=0), Interruption(signal_lead_seconds=60))
 
 
 def worker(run_dir: str) -> None:

@@ -20,10 +20,11 @@ LAYERS = [
     ["config"],
     ["grading", "data", "prompts", "batch", "objective", "conversion", "cpu"],
     ["parallel"],
-    ["preflight", "model", "metrics", "checkpoint"],
+    ["interruption", "run_dir", "guards", "preflight", "model", "metrics", "checkpoint"],
     ["student", "teacher", "optim", "rollout", "evaluate", "plan"],
+    ["watchdog", "memory"],
     ["trainer"],
-    ["cli", "__main__"],
+    ["cli", "launch", "__main__"],
 ]
 ORDER = [module for layer in LAYERS for module in layer]
 

@@ -1,0 +1,103 @@
+"""Bounds beyond which a run has gone wrong. They warn first, and then end it.
+
+On-Policy Self-Distillation is known to collapse after 100 to 200 steps (arXiv 2601.18734 stops before): the entropy
+falls or explodes, responses shrink or run to the limit, held-out accuracy drops.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from megatron_opsd.config import GuardsConfig
+from megatron_opsd.errors import RunStoppedError
+from megatron_opsd.types import Evaluation
+
+EVALUATION_PATIENCE = 2
+
+
+@dataclass
+class _State:
+    """What the guards remember; part of every checkpoint."""
+
+    skipped: int = 0  # in a row
+    beyond: dict[str, int] = field(default_factory=dict)  # steps in a row, by metric
+    best_step: int | None = None
+    best_accuracy: float = -1.0
+
+
+class Guards:
+    """Sees every step's metrics and every evaluation, the same on all ranks, so that all ranks decide alike."""
+
+    def __init__(self, config: GuardsConfig) -> None:
+        self._config, self._state = config, _State()
+        self._bounds = {
+            "entropy_student": (config.min_entropy, config.max_entropy, "entropy"),
+            "response_length": (config.min_response_length, config.max_response_length, "response_length"),
+        }
+
+    @property
+    def best_step(self) -> int | None:
+        """Where the held-out accuracy was highest."""
+        return self._state.best_step
+
+    def step(self, metrics: Mapping[str, float]) -> list[str]:
+        """Warnings about a step.
+
+        Raises:
+            RunStoppedError: too many steps in a row were skipped or beyond a bound.
+        """
+        self._count_skipped(metrics)
+        warnings = []
+        for name, (low, high, setting) in self._bounds.items():
+            value, bound = metrics[name], None
+            if low is not None and not value >= low:
+                bound = f"below guards.min_{setting} = {low:g}"
+            elif high is not None and not value <= high:
+                bound = f"above guards.max_{setting} = {high:g}"
+            found = f"step {metrics['step']}: {name} {value:.4g} is {bound}"
+            warnings += self._count(name, found if bound else None, self._config.patience, "steps")
+        return warnings
+
+    def evaluation(self, step: int, evaluation: Evaluation) -> list[str]:
+        """Warnings about an evaluation; remembers the best.
+
+        Raises:
+            RunStoppedError: the accuracy has stayed too far below the best.
+        """
+        state, drop = self._state, self._config.max_accuracy_drop
+        if evaluation.greedy > state.best_accuracy:
+            state.best_step, state.best_accuracy = step, evaluation.greedy
+        found = None
+        if drop is not None and evaluation.greedy < state.best_accuracy - drop:
+            found = (
+                f"step {step}: held-out accuracy {evaluation.greedy:.3f} is more than "
+                f"guards.max_accuracy_drop = {drop:g} below the best, {state.best_accuracy:.3f} of step {state.best_step}"
+            )
+        return self._count("accuracy", found, EVALUATION_PATIENCE, "evaluations")
+
+    def _count(self, name: str, found: str | None, patience: int, what: str) -> list[str]:
+        beyond = self._state.beyond[name] = self._state.beyond.get(name, 0) + 1 if found else 0
+        if found and beyond >= patience:
+            raise RunStoppedError(f"{found}, for {beyond} {what} in a row: the run has collapsed; {self._advice()}")
+        return [f"{found} ({beyond} of {patience} {what} in a row)"] if found else []
+
+    def _count_skipped(self, metrics: Mapping[str, float]) -> None:
+        self._state.skipped = self._state.skipped + 1 if metrics["skipped"] else 0
+        if self._state.skipped > self._config.max_skipped_steps:
+            raise RunStoppedError(
+                f"step {metrics['step']}: loss or gradient was not finite for {self._state.skipped} steps in a row "
+                f"(guards.max_skipped_steps = {self._config.max_skipped_steps}); their batches are in skipped/; "
+                + self._advice()
+            )
+
+    def _advice(self) -> str:
+        if not self._state.best_step:
+            return "use an earlier checkpoint, or start anew with a lower optim.lr"
+        best = f"step {self._state.best_step} (held-out accuracy {self._state.best_accuracy:.3f})"
+        return f"use the best checkpoint, {best}, or start anew with a lower optim.lr"
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self._state)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._state = _State(**state)

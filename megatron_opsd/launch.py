@@ -1,0 +1,122 @@
+"""What the Python side of a launch script does: variables of the environment become settings of ``opsd train``.
+
+Missing variables, and missing flags of torchrun, cost one line.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_opsd import cli
+from megatron_opsd.config import Config, add_overrides, load_config
+from megatron_opsd.errors import UserError
+from megatron_opsd.run_dir import write_outcome
+
+
+def main(recipe: str, model: str = "", problems: str = "", settings: Mapping[str, str] | None = None) -> None:
+    """Train ``examples/<recipe>.toml`` under torchrun, with MODEL, DATA and OUT from the environment.
+
+    recipe, model, problems: below examples/. ``model`` stands in for MODEL, and ``problems`` is a script that writes
+        train.jsonl and test.jsonl where DATA is not set.
+    settings: of this launch script, below those of the environment and of the command line.
+    """
+    script = Path(sys.argv[0]).resolve()
+    examples = script.parents[1] / "examples"
+    name = script.stem.removeprefix("opsd_")
+    run_dir = Path(os.environ.get("OUT") or f"runs/{name}").absolute()
+    overrides = {**(settings or {}), "logging.run_dir": str(run_dir), "checkpoint.resume": "auto"}
+    overrides["model.path"] = os.environ.get("MODEL") or (model and str(examples / model))
+    overrides["data.path"] = os.environ.get("DATA", "")
+    command_line = _settings(sys.argv[1:])
+    toml = str(examples / f"{recipe}.toml")
+    try:
+        check_torchrun(script, load_config(toml, command_line))
+        if problems and not overrides["data.path"]:
+            overrides["data.path"] = str(write_problems(examples / problems, run_dir / "data") / "train.jsonl")
+        if problems:
+            overrides["evaluate.data.path"] = str(Path(overrides["data.path"]).with_name("test.jsonl"))
+        check_variables(overrides | command_line)
+        cli.main(["train", toml, *_flags(overrides), *sys.argv[1:]])
+    except UserError as error:
+        _leave(run_dir, error, f"{script.name}: {error}")
+    except SystemExit as end:
+        if end.code == 2:  # a mistake, which the command line has explained
+            _leave(run_dir, end.__context__)
+        raise
+
+
+def torchrun_command(script: Path) -> str:
+    """What starts a launch script by hand on each node of its hardware; it stands in the script's comments."""
+    found = re.search(r"^# +(torchrun .*)$", script.read_text(), flags=re.MULTILINE)
+    assert found, script
+    return found[1]
+
+
+def check_torchrun(script: Path, config: Config) -> None:
+    """Raise UserError where torchrun, or its flags, are missing."""
+    if "RANK" not in os.environ:
+        raise UserError(f"needs torchrun, on each node: {torchrun_command(script)}; or in a SLURM cluster: sbatch")
+    layout = config.parallel
+    needed = max(
+        layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size,
+        layout.expert_model_parallel_size * layout.pipeline_model_parallel_size,
+    )
+    if os.environ["WORLD_SIZE"] == "1" and needed > 1:
+        raise UserError(
+            f"torchrun started one process, the model needs {needed}; on each node: {torchrun_command(script)}"
+        )
+
+
+def check_variables(settings: Mapping[str, str]) -> None:
+    """Raise UserError unless model and data are named."""
+    what = {
+        "model.path": "MODEL (a Hugging Face directory)",
+        "data.path": "DATA (problems with worked solutions: JSONL, JSON, parquet)",
+    }
+    missing = [text for name, text in what.items() if not settings.get(name)]
+    if missing:
+        raise UserError(f"set the environment variable{'s' * (len(missing) > 1)} {' and '.join(missing)}")
+
+
+def write_problems(script: Path, folder: Path) -> Path:
+    """Let ``script`` write data into ``folder``. One process of each node does, the fastest one's files stay."""
+    if os.environ["LOCAL_RANK"] == "0" and not folder.exists():
+        staging = folder.with_name(f".data.{socket.gethostname()}.{os.getpid()}")
+        subprocess.run([sys.executable, script, "--out", staging], check=True, stdout=subprocess.DEVNULL)
+        try:
+            staging.rename(folder)
+        except OSError:  # another node was faster, with the same problems
+            shutil.rmtree(staging)
+    return folder
+
+
+def _settings(arguments: Sequence[str]) -> dict[str, str]:
+    """Those of the command line. What is no setting is left to ``opsd train`` to complain about."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_overrides(parser)
+    return vars(parser.parse_known_args(arguments)[0])
+
+
+def _flags(overrides: Mapping[str, str]) -> list[str]:
+    return [part for name, value in overrides.items() for part in (f"--{name}", value)]
+
+
+def _leave(run_dir: Path, error: BaseException | None, message: str = "") -> NoReturn:
+    """One process of a node says what is wrong, and leaves it where the batch script looks before it requeues."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        if message:
+            print(message, file=sys.stderr, flush=True)
+        if "RANK" in os.environ:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            write_outcome(run_dir, "stopped", str(error or "a mistake in the command line"))
+    elif message:
+        time.sleep(3)  # torchrun ends local rank 0 when another one has left: not before it has spoken
+    sys.exit(2)

@@ -1,0 +1,115 @@
+"""``opsd serve``: one vLLM server that takes the trainer's weights and writes its rollouts."""
+
+import hmac
+import ipaddress
+import json
+import os
+import sys
+from typing import Any
+
+import torch
+
+from megatron_opsd.config import Config
+from megatron_opsd.errors import UserError
+from megatron_opsd.rollout.vllm_setup import engine_arguments, prepare_environment
+
+KEY_VARIABLE = "OPSD_API_KEY"
+
+# What the trainer uses. vLLM's development mode, which the weights need, opens many more: calls of any method, even.
+OPEN_PATHS = {
+    "/health",
+    "/v1/models",
+    "/get_world_size",
+    "/weight_info",
+    "/inference/v1/generate",
+    "/pause",
+    "/resume",
+    "/reset_prefix_cache",
+    "/update_weight_version",
+    "/init_weight_transfer_engine",
+    "/shutdown_weight_transfer_engine",
+    "/start_weight_update",
+    "/update_weights",
+    "/finish_weight_update",
+}
+
+
+def serve(config: Config, max_model_len: int, host: str, port: int) -> None:
+    """Become the server: this process is replaced, so that signals reach vLLM.
+
+    Raises:
+        UserError: ``host`` can be reached from elsewhere and there is no key.
+    """
+    if not is_loopback(host) and not os.environ.get(KEY_VARIABLE):
+        raise UserError(
+            f"--host {host}: other machines could reach this server and change its weights; set the environment "
+            f"variable {KEY_VARIABLE} to a secret here and where the run trains, or serve on 127.0.0.1"
+        )
+    prepare_environment()
+    os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # the weights' paths exist in no other
+    arguments = {
+        **engine_arguments(config, max_model_len),
+        "host": host,
+        "port": port,
+        "weight_transfer_config": json.dumps({"backend": "opsd_nccl" if torch.cuda.is_available() else "opsd_tcp"}),
+        "worker_extension_cls": "megatron_opsd.rollout.weight_transfer.RegisterEngines",
+        "middleware": "megatron_opsd.rollout.serve.Gate",
+        "enable_scale_out": True,  # token ids in, token ids out
+        "disable_uvicorn_access_log": True,
+    }
+    # `vllm serve` wants a distribution of the name vllm, which the one for CPU has not.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *as_flags(arguments)]
+    sys.stdout.flush()
+    os.execv(sys.executable, command)
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def as_flags(arguments: dict[str, Any]) -> list[str]:
+    """Keyword arguments as vLLM's command line has them; None is left to vLLM."""
+    flags = []
+    for name, value in arguments.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            flags += [f"--{flag}", str(value)]
+    return flags
+
+
+class Gate:
+    """ASGI middleware: lets through only what the trainer uses and, where the server has a key, who has it too.
+
+    vLLM's own --api-key leaves the paths of the weights open.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+        key = os.environ.get(KEY_VARIABLE)
+        self._wanted = f"Bearer {key}".encode() if key else None
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+        elif scope["type"] != "http" or scope["path"] not in OPEN_PATHS:
+            await _refuse(send, 404)
+        elif scope["path"] != "/health" and not self._has_key(scope):
+            await _refuse(send, 401)
+        else:
+            await self._app(scope, receive, send)
+
+    def _has_key(self, scope: Any) -> bool:
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        return self._wanted is None or hmac.compare_digest(given, self._wanted)
+
+
+async def _refuse(send: Any, status: int) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"0")]})
+    await send({"type": "http.response.body", "body": b""})
