@@ -40,8 +40,8 @@ test: setup
 # As root. Installs Debian's packages where SLURM is missing; the SLURM of the machine itself, if any, is left alone.
 test-slurm: setup
 	@[ "$$(id -u)" = 0 ] || { echo 'make test-slurm: needs root, for SLURM daemons and namespaces of its own' >&2; exit 1; }
-	@PATH=$$PATH:/usr/sbin; command -v slurmctld slurmd munged sbatch unshare >/dev/null || \
-	    { apt-get update -q && apt-get install -qy --no-install-recommends slurmctld slurmd slurm-client munge; }
+	@for program in slurmctld slurmd munged sbatch; do PATH=$$PATH:/usr/sbin command -v $$program >/dev/null || exec sh -c \
+	    'apt-get update -q && apt-get install -qy --no-install-recommends slurmctld slurmd slurm-client munge'; done
 	$(BIN)/python -m pytest tests/slurm -v
 
 # Time and memory of the objective beside TRL's, on a GPU if there is one: some minutes, into benchmarks/results/.

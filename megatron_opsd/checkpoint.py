@@ -11,25 +11,30 @@ import json
 import logging
 import math
 import shutil
+import signal
 import sys
 import time
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_opsd.config import CheckpointConfig
+from megatron_opsd.conversion import pickles
 from megatron_opsd.errors import UserError
 from megatron_opsd.model import HiddenStateGPT
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # The format that any layout can load. Gathered through gloo into the host memory of one data-parallel rank; the other
 # way would gather everything on every rank's device.
@@ -57,6 +62,7 @@ class Checkpoints:
     def __init__(self, run_dir: Path, config: CheckpointConfig) -> None:
         self._folder, self._config = run_dir / "checkpoints", config
         self._writers = AsyncCallsQueue()
+        _start_results_queue()
         self._begun: tuple[int, float] | None = None
         self.seconds = math.inf  # that the last save took, until it was seen to be complete; not known yet
         if dist.get_rank() == 0:
@@ -136,16 +142,10 @@ class Checkpoints:
                 shutil.rmtree(doomed, ignore_errors=True)
 
     def _on_rank_0(self, action: Callable[[], None]) -> None:
-        """Touch the file system on one rank; where it refuses, all ranks know."""
-        refused: list[str | None] = [None]
-        if dist.get_rank() == 0:
-            try:
-                action()
-            except OSError as error:
-                refused = [str(error)]
-        dist.broadcast_object_list(refused)
-        if refused[0] is not None:
-            raise self._failed(refused[0])
+        try:
+            _on_rank_0(action)
+        except UserError as refused:
+            raise self._failed(str(refused)) from None
 
     def _failed(self, why: str) -> "SaveError":
         assert self._begun
@@ -173,6 +173,36 @@ class _Writer:
         checksums = {file.name: checksum(file) for file in self.staging.glob(f"__{self.rank}_*.distcp")}
         with contextlib.suppress(OSError):  # a full disk; Megatron reports its own failure, and the file will be missed
             (self.staging / f"{self.rank}.crc").write_text(json.dumps(checksums))
+
+
+def _on_rank_0(action: Callable[[], T]) -> T:
+    """Rank 0's result on all ranks: file systems may show the others something older.
+
+    Raises:
+        UserError: on all ranks, where the file system or ``action`` refused.
+    """
+    found: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            found = [action(), None]
+        except (OSError, UserError) as error:
+            found = [None, str(error)]
+    dist.broadcast_object_list(found)
+    if found[1] is not None:
+        raise UserError(found[1])
+    return found[0]
+
+
+def _start_results_queue() -> None:
+    """Start the process through which Megatron's writers report, deaf to the signals that tell a run to save.
+
+    SLURM sends them to all processes of a job, and this one would end by them, in the middle of the save.
+    """
+    numbers = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+    handlers = [signal.signal(number, signal.SIG_IGN) for number in numbers]  # what is ignored is inherited
+    filesystem_async._get_write_results_queue()
+    for number, handler in zip(numbers, handlers, strict=True):
+        signal.signal(number, handler)
 
 
 def _make_room(staging: Path) -> None:
@@ -238,36 +268,33 @@ def read_progress(path: Path) -> Progress:
 def find(run_dir: Path, resume: str) -> Path | None:
     """The checkpoint that ``checkpoint.resume`` names and that is as it was written: none, the newest, or a directory.
 
-    A damaged newest one is renamed, and the one before it taken. All ranks call this; rank 0 looks, for file systems
-    may show the others something older.
+    A damaged newest one is renamed, and the one before it taken. All ranks call this.
 
     Raises:
         UserError: a named directory that is no complete checkpoint or a damaged one, checkpoints that are all damaged,
             or a new run where an old one left checkpoints.
     """
+    folder = run_dir / "checkpoints"
     while True:
-        found: list[Any] = [None, False, None]
-        if dist.get_rank() == 0:
-            try:
-                path = _choose(run_dir, resume)
-                found = [path, resume == "auto" and len(_complete_ones(run_dir / "checkpoints")) > 1, None]
-            except UserError as error:
-                found = [None, False, str(error)]
-        dist.broadcast_object_list(found)
-        path, has_another, mistake = found
-        if mistake:
-            raise UserError(mistake)
-        if path is None or not (damages := damage(path)):
+        path = _on_rank_0(lambda: _choose(run_dir, resume))
+        if path is None:
+            return None
+        if not (damages := damage(path)):
+            _on_rank_0(partial(pickles.check, path))
             return path
-        if not has_another:
+        if resume != "auto" or _on_rank_0(lambda: len(_complete_ones(folder))) == 1:
             raise UserError(
                 f"{'; '.join(damages)}; resume from another checkpoint, or choose another --logging.run_dir"
             )
+        _on_rank_0(partial(_set_aside, path))
         if dist.get_rank() == 0:
-            aside = path.with_name(f"damaged_{path.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
             print(f"opsd: {'; '.join(damages)}; going on from the checkpoint before", file=sys.stderr, flush=True)
+
+
+def _set_aside(path: Path) -> None:
+    aside = path.with_name(f"damaged_{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
 
 
 def _complete_ones(folder: Path) -> list[Path]:

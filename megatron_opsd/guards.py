@@ -70,8 +70,8 @@ class Guards:
         found = None
         if drop is not None and evaluation.greedy < state.best_accuracy - drop:
             found = (
-                f"step {step}: held-out accuracy {evaluation.greedy:.3f} is more than "
-                f"guards.max_accuracy_drop = {drop:g} below the best, {state.best_accuracy:.3f} of step {state.best_step}"
+                f"step {step}: held-out accuracy {evaluation.greedy:.3f} is more than guards.max_accuracy_drop = "
+                f"{drop:g} below the best, {state.best_accuracy:.3f} of step {state.best_step}"
             )
         return self._count("accuracy", found, EVALUATION_PATIENCE, "evaluations")
 

@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
+from megatron_opsd import run_dir
 from megatron_opsd.config import Config
 from megatron_opsd.conversion.architecture import Architecture, read_architecture
 from megatron_opsd.data import check_data
@@ -50,7 +51,7 @@ def check(config: Config, world_size: int | None, train: bool = True) -> None:
     check_lengths(config, arch, prompts, train)
     if colocated:
         check_kv_cache(config, arch, max_model_len(config, prompts))
-    check_run_dir(Path(config.logging.run_dir))
+    run_dir.check(Path(config.logging.run_dir))
 
 
 def check_server(config: Config) -> None:
@@ -215,10 +216,3 @@ def _has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
-
-
-def check_run_dir(path: Path) -> None:
-    """The run directory can be written, told before hours are spent."""
-    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f"logging.run_dir = {str(path)!r}: cannot write to {existing}")

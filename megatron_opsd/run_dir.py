@@ -10,16 +10,23 @@ from megatron_opsd.errors import UserError
 OUTCOME = "outcome"
 
 
-def prepare(run_dir: Path) -> None:
-    """Make the folder, and forget how an earlier start of the run ended.
+def check(run_dir: Path) -> None:
+    """Look whether the run can write to its folder, before hours are spent.
 
     Raises:
-        UserError: anybody may write to it: what is loaded from it later could be somebody else's.
+        UserError: it cannot, or anybody can: a checkpoint to go on from could then be somebody else's.
     """
+    existing = next(parent for parent in (run_dir, *run_dir.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"logging.run_dir = {str(run_dir)!r}: cannot write to {existing}")
+    if existing == run_dir and run_dir.stat().st_mode & stat.S_IWOTH:
+        raise UserError(f"logging.run_dir = {str(run_dir)!r}: anybody may write to it; chmod o-w {run_dir}")
+
+
+def prepare(run_dir: Path) -> None:
+    """Make the folder, and forget how an earlier start of the run ended."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    mode = run_dir.stat().st_mode
-    if mode & stat.S_IWOTH:
-        raise UserError(f"logging.run_dir = '{run_dir}': anybody may write to it; chmod o-w '{run_dir}'")
+    run_dir.chmod(run_dir.stat().st_mode & ~stat.S_IWOTH)  # whatever the umask
     (run_dir / OUTCOME).unlink(missing_ok=True)
 
 

@@ -28,7 +28,7 @@ from megatron_opsd.model import HiddenStateGPT, build_model
 from megatron_opsd.optim import OptimizerStates, build_optimizer, build_schedule, optimizer_step
 from megatron_opsd.prompts import build_prompts, max_model_len
 from megatron_opsd.rollout import build_engine
-from megatron_opsd.rollout.engine import Sampling, sample_seed
+from megatron_opsd.rollout.engine import NoServerLeftError, Sampling, sample_seed
 from megatron_opsd.rollout.refit import check_logprob_gap, refit
 from megatron_opsd.student import Student
 from megatron_opsd.teacher import Teacher
@@ -250,22 +250,24 @@ def train(config: Config) -> None:
     with MetricsWriter(config, trainer.prompts.tokenizer, trainer.steps_done, enabled=layout.rank == 0) as writer:
         if trainer.steps_done:
             writer.say(f"going on after step {trainer.steps_done}")
-        finished = run(trainer, held_out, writer)
-        if finished and config.checkpoint.export_hf:
+        broken_off = run(trainer, held_out, writer)
+        if not broken_off and config.checkpoint.export_hf:
             trainer.export_hf()
             writer.say(f"the trained model is in {folder / 'hf'}")
     if layout.rank == 0:
-        outcome = ("finished", "all steps are done") if finished else ("interrupted", f"{interruption.name}, saved")
-        run_dir.write_outcome(folder, outcome[0], f"{outcome[1]} after step {trainer.steps_done}")
+        why = f"{broken_off or 'all steps are done'}, after step {trainer.steps_done}"
+        run_dir.write_outcome(folder, "interrupted" if broken_off else "finished", why)
+    dist.barrier()  # the first rank that leaves may take the others along
     trainer.watchdog.close()
     trainer.engine.close()
     parallel.finalize()
 
 
-def run(trainer: Trainer, held_out: Sequence[Example], writer: MetricsWriter) -> bool:
-    """Steps, evaluations and checkpoints until all are done, or saved after a signal. Returns whether all are done."""
+def run(trainer: Trainer, held_out: Sequence[Example], writer: MetricsWriter) -> str:
+    """Steps, evaluations and checkpoints until all are done, or broken off and saved. Returns why it was broken off."""
     settings, last = trainer.config, trainer.config.train.steps
     saves = settings.checkpoint.save_interval
+    broken_off = ""
     try:
         while True:
             done = trainer.steps_done
@@ -289,14 +291,18 @@ def run(trainer: Trainer, held_out: Sequence[Example], writer: MetricsWriter) ->
             writer.step(result)
             writer.warn(trainer.guards.step(result.metrics))
     except AbandonedError as reason:
-        writer.say(f"{trainer.interruption.name} after step {trainer.steps_done}, the next {reason}: saving, leaving")
+        broken_off = f"{trainer.interruption.name}, the next step {reason}"
+    except NoServerLeftError as reason:
+        broken_off = str(reason)
     except RunStoppedError:
         trainer.finish_saving()
         raise
+    if broken_off:
+        writer.warn([f"{broken_off}: saving after step {trainer.steps_done}, and leaving"])
     if saves and trainer.saved < trainer.steps_done:
         trainer.save()
     trainer.finish_saving()
-    return trainer.steps_done == last
+    return broken_off
 
 
 def check_same_data(sampler: Sampler) -> None:

@@ -32,6 +32,7 @@ from torch.utils.serialization import config
 from megatron_opsd.conversion.blocks import Block
 from megatron_opsd.conversion.mapping import Shape
 from megatron_opsd.conversion.output import Output
+from megatron_opsd.conversion.pickles import read_metadata
 from megatron_opsd.errors import UserError
 
 _config: Any = config
@@ -120,12 +121,11 @@ class DistReader:
         self.path = path
         try:
             config = json.loads((path / "metadata.json").read_text())
-            metadata: Metadata = pickle.loads((path / ".metadata").read_bytes())
-        except (OSError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(
-                f"{path}: not a complete distributed checkpoint of Megatron: metadata.json or .metadata cannot be read "
-                f"({error})"
+                f"{path}: not a complete distributed checkpoint of Megatron: metadata.json cannot be read ({error})"
             ) from error
+        metadata = read_metadata(path)
         if config.get("sharded_backend") != "torch_dist":
             raise UserError(f"{path}: its format is {config.get('sharded_backend')!r}; only 'torch_dist' can be read")
         self._tensors = {k: v for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}

@@ -238,7 +238,8 @@ def _phases(
     """What the trainer leaves on the device while each phase runs. Zeros are left out.
 
     vLLM's engine sleeps but in the rollout and, its weights alone, in the refit. The student's weights never leave, its
-    gradients and optimizer states do under optim.placement = offload. The teacher's hidden states live until the step ends.
+    gradients and optimizer states do under optim.placement = offload. The teacher's hidden states live until the step
+    ends.
     """
     is_last = stage == len(layers) - 1
     b = batch.micro_batch_size

@@ -59,14 +59,19 @@ class TCPChannel:
     def open(self) -> None:
         while len(self._connections) < self._workers:
             connection, _ = self._listener.accept()
-            connection.settimeout(TIMEOUT_SECONDS)
-            given = bytearray(len(self._token))
-            receive_into(connection, memoryview(given))
-            if hmac.compare_digest(given, self._token):
+            if self._is_ours(connection):
                 self._connections.append(connection)
             else:
                 connection.close()
         self._listener.close()
+
+    def _is_ours(self, connection: socket.socket) -> bool:
+        given = bytearray(len(self._token))
+        connection.settimeout(10)
+        with contextlib.suppress(OSError):
+            receive_into(connection, memoryview(given))
+        connection.settimeout(TIMEOUT_SECONDS)
+        return hmac.compare_digest(given, self._token)
 
     def send(self, tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:
