@@ -11,13 +11,14 @@ import json
 import logging
 import math
 import shutil
-import signal
 import sys
 import time
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from multiprocessing import get_context
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +32,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_opsd.config import CheckpointConfig
 from megatron_opsd.conversion import pickles
 from megatron_opsd.errors import UserError
+from megatron_opsd.interruption import serve_parent
 from megatron_opsd.model import HiddenStateGPT
 
 log = logging.getLogger(__name__)
@@ -194,15 +196,14 @@ def _on_rank_0(action: Callable[[], T]) -> T:
 
 
 def _start_results_queue() -> None:
-    """Start the process through which Megatron's writers report, deaf to the signals that tell a run to save.
+    """Start the process through which Megatron's writers report.
 
-    SLURM sends them to all processes of a job, and this one would end by them, in the middle of the save.
+    Megatron's own would end by the signals that SLURM sends to all processes of a job, in the middle of the save that
+    they ask for, and would outlive a rank that is killed.
     """
-    numbers = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
-    handlers = [signal.signal(number, signal.SIG_IGN) for number in numbers]  # what is ignored is inherited
-    filesystem_async._get_write_results_queue()
-    for number, handler in zip(numbers, handlers, strict=True):
-        signal.signal(number, handler)
+    manager = SyncManager(ctx=get_context("spawn"))
+    manager.start(serve_parent)
+    filesystem_async._results_queue = manager.Queue()
 
 
 def _make_room(staging: Path) -> None:

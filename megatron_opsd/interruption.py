@@ -4,6 +4,7 @@ USR1 comes ``checkpoint.signal_lead_seconds`` before the end of a job or its pre
 INT some 30 seconds before everything is killed. A second signal ends the process at once.
 """
 
+import ctypes
 import logging
 import math
 import os
@@ -14,7 +15,15 @@ import time
 log = logging.getLogger(__name__)
 
 TERM_LEAD_SECONDS = 25.0  # SLURM's KillWait and torchrun's patience are 30 s
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 ECHO_SECONDS = 5.0  # SLURM signals all processes of a job, and torchrun passes on to its workers what it gets itself
+
+
+def serve_parent() -> None:
+    """In a helper process: leave the signals to the parent, and end when it does, however it ends."""
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Interruption:

@@ -57,10 +57,15 @@ class DeviceMemory:
         if not torch.cuda.is_available():
             move()
             return
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        torch.cuda.empty_cache()  # vLLM takes its memory from the driver, not from torch's cache
+        before, start = _free_gib(), time.perf_counter()
         move()
-        torch.cuda.synchronize()
-        free, _ = torch.cuda.mem_get_info()
-        log.info("%s: %.2f s, %.1f GiB free", what, time.perf_counter() - start, free / 2**30)
+        after = _free_gib()
+        log.info("%s: %.2f s, %.1f to %.1f GiB free", what, time.perf_counter() - start, before, after)
+
+
+def _free_gib() -> float:
+    """What vLLM could take: it gets its memory from the driver, not from torch's cache, so that is emptied first."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    return free / 2**30

@@ -90,11 +90,12 @@ class OptimizerStates:
         parts = getattr(self._optimizer, "chained_optimizers", [self._optimizer])
         tensors = []
         for part in parts:
+            # Others that the optimizer steps are views of the model's own parameters.
+            tensors += [parameter for group in part.shard_fp32_from_float16_groups for parameter in group]
             for group in part.optimizer.param_groups:
                 for parameter in group["params"]:
-                    states = part.optimizer.state[parameter].values()
-                    if part.config.bf16:  # else it is a view of the model's own parameter
-                        tensors.append(parameter)
+                    # Megatron takes an entry, even an empty one, for states that it need not make when it loads.
+                    states = part.optimizer.state.get(parameter, {}).values()
                     tensors += [state for state in states if torch.is_tensor(state) and state.dim()]
         return tensors
 

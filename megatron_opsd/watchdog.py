@@ -38,7 +38,8 @@ class Watchdog:
         self._limits = {name: 60 * minutes for name, minutes in limits.model_dump().items()}
         self._interruption = interruption
         self._main = threading.main_thread().ident or 0
-        self._phase, self._since, self._posts = "start", time.monotonic(), 0
+        self._posts = 0
+        self.enter("start")
         self._store = PrefixStore("watchdog", _get_default_store())
         self._store.set_timeout(timedelta(seconds=2 * SILENT_SECONDS))
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()

@@ -53,12 +53,12 @@ class ColocatedVLLM:
 
         assert self._version >= 0, "refit before the first token"
         own = slice(self._engine, None, self._engines)
-        self._llm.enqueue(
+        requests = self._llm.enqueue(
             [{"prompt_token_ids": prompt} for prompt in prompts[own]],
             [SamplingParams(**sampling_arguments(sampling, seed)) for seed in seeds[own]],
             use_tqdm=False,
         )
-        rollouts = self._run(give_up)
+        rollouts = self._run(requests, give_up)
         # One rank speaks for each engine; all ranks get all rollouts.
         gathered: list[list[Rollout] | None] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, rollouts if self._rank_in_engine == 0 or rollouts is None else [])
@@ -67,7 +67,7 @@ class ColocatedVLLM:
         by_engine = [part or [] for part in gathered][:: dist.get_world_size() // self._engines]
         return [by_engine[i % self._engines][i // self._engines] for i in range(len(prompts))]
 
-    def _run(self, give_up: Callable[[], bool]) -> list[Rollout] | None:
+    def _run(self, requests: list[str], give_up: Callable[[], bool]) -> list[Rollout] | None:
         """The rollouts of all requests in their order; None where they were given up, by all ranks of this engine."""
         engine, outputs = self._llm.llm_engine, []
         for step in itertools.count():
@@ -76,6 +76,7 @@ class ColocatedVLLM:
             # The ranks of an engine must do the same at the same step, so they ask one another, but not too often.
             leave = give_up() if self._group is None else step % 16 == 0 and _any(give_up(), self._group)
             if leave:
+                engine.abort_request(requests, internal=True)
                 return None
             outputs += [output for output in engine.step() if output.finished]
         raise AssertionError

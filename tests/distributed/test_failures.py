@@ -1,5 +1,6 @@
 """Runs that are signalled, stopped, starved or fed bad data: each costs one clear line, and nothing is lost."""
 
+import json
 import re
 import shutil
 import signal
@@ -8,10 +9,10 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from .command_line import ARITHMETIC, read_jsonl, write_problems
 from .failing import QUICK, STEPS, assert_equal_runs, complete, numbers, outcome, started
-from .test_runs import write_arithmetic_model
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +131,7 @@ def test_a_step_without_time_to_end_is_given_up(phase: str, unbroken: tuple[Path
 def test_a_hung_rank_is_named(unbroken: tuple[Path, dict[str, str]]) -> None:
     wanted, settings = unbroken
     run_dir = wanted.with_name("hung")
-    limits = {f"timeouts.{name}": "0.1" for name in ("rollout", "teacher", "student", "refit")}
+    limits = {f"timeouts.{name}": "0.1" for name in ("rollout", "teacher", "student", "optimizer", "refit", "save")}
     with started(run_dir, settings | limits | {"train.steps": "100"}) as run:
         run.wait_until(lambda: run.steps() == 2)
         run.signal(signal.SIGSTOP, rank=1)
@@ -169,14 +170,8 @@ def test_a_loss_that_is_not_finite_changes_nothing(unbroken: tuple[Path, dict[st
     """A token of one solution has broken weights, so that the teacher's answer to that problem is NaN."""
     wanted, settings = unbroken
     folder = wanted.parent
-    model = write_arithmetic_model(folder / "broken_model", "qwen3")
-    data = Path(settings["data.path"])
-    rows = read_jsonl(data)[:64]
-    tokenizer_ids = _ids_of(model, "§")
-    weights = load_file(model / "model.safetensors")
-    for token in tokenizer_ids:
-        weights["model.embed_tokens.weight"][token] = float("nan")
-    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    model = write_model_with_a_broken_token(folder / "broken_model", "§")
+    rows = read_jsonl(Path(settings["data.path"]))[:64]
     clean, broken = folder / "clean.jsonl", folder / "broken.jsonl"
     _write(clean, rows)
     _write(broken, [row | {"solution": row["solution"] + " §"} if i < 16 else row for i, row in enumerate(rows)])
@@ -194,7 +189,6 @@ def test_a_loss_that_is_not_finite_changes_nothing(unbroken: tuple[Path, dict[st
     for file in (run_dir / "skipped").iterdir():
         assert any(record["index"] < 16 for record in read_jsonl(file))
     exported = load_file(run_dir / "hf" / "model.safetensors")
-    assert exported.keys() == weights.keys()
     assert all(value.isfinite().all() for name, value in exported.items() if name != "model.embed_tokens.weight")
 
     _write(broken, [row | {"solution": row["solution"] + " §"} for row in rows])
@@ -216,19 +210,24 @@ def test_a_collapse_warns_and_then_ends_the_run(unbroken: tuple[Path, dict[str, 
     for step in (1, 2):
         assert f"({step} of 3 steps in a row)" in the_line(output, f"warning: step {step}: response_length")
     line = the_line(output, "opsd: step 3: response_length")
-    best = re.search(r"below guards.min_response_length = 40, .* use the best checkpoint, step (\d)", line)
+    best = re.search(r"below guards.min_response_length = 40, .* use (the best checkpoint, step (\d)|an earlier)", line)
     assert best, line
+    assert best[2] is None or (run_dir / "checkpoints" / f"step_{int(best[2]):06d}").is_dir()
     assert outcome(run_dir) == "stopped"
-    assert best[1] == "0" or (run_dir / "checkpoints" / f"step_{int(best[1]):06d}").is_dir()
 
 
-def _ids_of(model: Path, text: str) -> list[int]:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(model)(text, add_special_tokens=False)["input_ids"]
+def write_model_with_a_broken_token(path: Path, text: str) -> Path:
+    """The example's model, which never writes ``text``, with a head of its own; where it reads ``text``, it is NaN."""
+    shutil.copytree(ARITHMETIC / "base", path)
+    weights = load_file(path / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    weights["lm_head.weight"] = embedding.clone()
+    embedding[AutoTokenizer.from_pretrained(path)(text, add_special_tokens=False)["input_ids"]] = float("nan")
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    return path
 
 
 def _write(file: Path, rows: list[dict]) -> None:
-    import json
-
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))

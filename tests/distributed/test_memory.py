@@ -1,0 +1,103 @@
+"""What lies on the device in each part of a step, and what the optimizer's states are. tests/gpu moves them."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_opsd import parallel
+from megatron_opsd.batch import Batch, split
+from megatron_opsd.config import Config
+from megatron_opsd.conversion.architecture import read_architecture
+from megatron_opsd.memory import DeviceMemory
+from megatron_opsd.model import build_model
+from megatron_opsd.optim import OptimizerStates, build_optimizer, build_schedule, optimizer_step
+from megatron_opsd.student import Student
+from megatron_opsd.teacher import Teacher
+
+from .harness import run_distributed
+from .tiny import random_samples, write_model
+
+# The table at the top of megatron_opsd/memory.py.
+PHASES = {
+    "refit": {"weights"},
+    "rollout": {"weights", "KV cache"},
+    "teacher": {"teacher"},
+    "student": {"gradients"},
+    "optimizer": {"gradients", "states"},
+}
+
+
+def test_what_lies_on_the_device() -> None:
+    """Through two steps and an evaluation; two things that take turns are never there together, not for a moment."""
+    there = {"gradients", "states", "teacher"}
+
+    def on(*things: str) -> Any:
+        def arrive() -> None:
+            there.update(things)
+            assert there <= {"weights", "KV cache"} or not there & {"weights", "KV cache"}
+            assert there <= {"teacher"} or "teacher" not in there
+
+        return arrive
+
+    def off(*things: str) -> Any:
+        return lambda: there.difference_update(things)
+
+    engine = SimpleNamespace(
+        sleep=off("weights", "KV cache"), wake_up_weights=on("weights"), wake_up_kv_cache=on("KV cache")
+    )
+    teacher = SimpleNamespace(load=on("teacher"), offload=off("teacher"))
+    ddp = SimpleNamespace(restore_grad_buffers=on("gradients"), offload_grad_buffers=off("gradients"))
+    states = SimpleNamespace(offloads=True, load=on("states"), offload=off("states"))
+    memory: Any = DeviceMemory(engine, teacher, SimpleNamespace(ddp=ddp), states)  # type: ignore[arg-type]
+    teacher.offload()
+    step = ["rollout", "teacher", "student", "optimizer", "refit"]
+    for phase in ["refit", *step, "evaluate", *step]:
+        memory.enter(phase)
+        assert there == PHASES["rollout" if phase == "evaluate" else phase], phase
+
+
+def on_all_ranks(tensors: list[torch.Tensor]) -> int:
+    """Their elements together: the distributed optimizer has a part of them on each rank."""
+    count = torch.tensor(sum(tensor.numel() for tensor in tensors))
+    dist.all_reduce(count)
+    return int(count)
+
+
+def list_states(path: str) -> None:
+    """Every state once, nothing that is the model's own."""
+    for dtype, each in (("bfloat16", 3), ("float32", 2)):
+        sections = {"model": {"path": path, "dtype": dtype}, "data": {"path": "unused"}}
+        config = Config.model_validate(sections)
+        layout = parallel.initialize(config.parallel, seed=1)
+        arch = read_architecture(path)
+        teacher, student = (build_model(arch, config.model, config.parallel, layout.pg_collection) for _ in range(2))
+        learner = Student(student, layout, config, arch.vocab_size)
+        optimizer = build_optimizer(learner, config.optim)
+        states = OptimizerStates(optimizer, config.optim)
+        parameters = list(student.parameters())
+        count = sum(parameter.numel() for parameter in parameters)
+        assert on_all_ranks(states._tensors()) == (count if dtype == "bfloat16" else 0)
+        parts = getattr(optimizer, "chained_optimizers", [optimizer])
+        assert all(len(part.optimizer.state) == 0 for part in parts)  # a checkpoint could still be loaded
+        microbatches = split(
+            Batch(random_samples(8), 1, 1, False, False), 2, layout.dp_group, "token", torch.device("cpu")
+        )
+        frozen = Teacher(teacher, "resident")
+        losses = learner.forward_backward(microbatches, frozen.head_weight(), frozen.score(microbatches))
+        optimizer_step(optimizer, build_schedule(optimizer, config.optim, steps=3), losses.means()["loss"])
+        tensors = states._tensors()
+        places = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        assert len(places) == len(tensors)
+        assert places.isdisjoint(parameter.untyped_storage().data_ptr() for parameter in parameters)
+        assert on_all_ranks(tensors) == each * count
+        assert all(tensor.dtype == torch.float32 for tensor in tensors)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_states_are_all_there_is(ranks: int, tmp_path: Path) -> None:
+    path = write_model(tmp_path, "qwen3", tied=True, vocab_size=512)
+    run_distributed(list_states, ranks, str(path))

@@ -1,0 +1,161 @@
+"""The smoke test as a user starts it, tiny and on the CPU; and that each check fails where something is broken."""
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tools import smoke
+
+from .command_line import ROOT, read_jsonl, run
+
+GOOD_LOGITS = {"ours": 1.9e-2, "theirs": 1e-2, "dtype": "bfloat16", "layers": "Transformer Engine layers, TP 2"}
+EXPECTED = smoke.Expected(weights=1.1, teacher=0.8, gradients=2.2, states=6.7)
+# GiB that each move leaves free, of 80, in the order of a step; the cache has 30.
+STEP = {
+    "KV cache on": (71.5, 41.5),
+    "vLLM off": (41.5, 72.6),
+    "teacher on": (72.6, 71.8),
+    "teacher off": (71.8, 72.6),
+    "gradients on": (72.6, 70.4),
+    "optimizer states on": (70.4, 63.7),
+    "optimizer states off": (63.7, 70.4),
+    "gradients off": (70.4, 72.6),
+    "vLLM's weights on": (72.6, 71.5),
+}
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run of the script has left."""
+    out = tmp_path_factory.mktemp("smoke") / "out"
+    environment = {"OUT": str(out), "VENV": str(Path(sys.executable).parents[1])}
+    done = run(["bash", str(ROOT / "launch_scripts" / "smoke_gpu.sh"), "--ranks", "1"], **environment)
+    (out / "said").write_text(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU says")
+def test_everything_passes(out: Path) -> None:
+    said = (out / "said").read_text()
+    verdicts = re.findall(r"^(PASS|FAIL|SKIP) ([^:]*): .", said, flags=re.MULTILINE)
+    passed = [("PASS", name) for name in ("logits", "refit gap", "checkpoint and resume")]
+    assert verdicts == [*passed[:2], ("SKIP", "memory"), passed[2]]
+    assert "8 of 8 rollouts the same" in said
+    assert re.search(r"^step +rollout +teacher +student +optimizer +refit +total +tokens/s +peak GiB$", said, re.M)
+    assert re.search(r"^ +3( +[0-9.]+){8}$", said, re.M)
+    assert "megatron-core 0." in said
+    assert "no GPU" in said
+    assert not (out / "model").exists()  # what is large goes when it is not needed
+    assert (out / "run" / "metrics.jsonl").exists()
+
+
+def test_a_folder_in_use_is_refused(out: Path) -> None:
+    done = run([sys.executable, str(ROOT / "tools" / "smoke.py"), "--out", str(out)])
+    assert done.returncode == 2
+    assert "is not empty" in done.stderr
+    assert (out / "run" / "metrics.jsonl").exists()
+
+
+def edit(file: Path, change: Callable[[dict], None]) -> None:
+    """Change the last line of a JSONL."""
+    lines = read_jsonl(file)
+    change(lines[-1])
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize("gap", [2e-4, None], ids=["large", "not finite"])
+def test_a_refit_gap_fails(out: Path, tmp_path: Path, gap: float | None) -> None:
+    shutil.copy(out / "run" / "metrics.jsonl", tmp_path)
+    assert smoke.check_refit(tmp_path, "float32").verdict == "PASS"
+    edit(tmp_path / "metrics.jsonl", lambda line: line.update(refit_logprob_gap=gap))
+    found = smoke.check_refit(tmp_path, "float32")
+    assert found.verdict == "FAIL"
+    assert "; look at megatron_opsd/rollout/refit.py" in found.numbers
+
+
+@pytest.fixture
+def runs(out: Path, tmp_path: Path) -> tuple[Path, Path, Path]:
+    """The unbroken run, the resumed one, and the model both began with; weights of our own, as theirs are gone."""
+    for name, weight in {"run/hf": 2.0, "resumed/hf": 2.0, "model": 1.0}.items():
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        save_file({"weight": torch.full((4,), weight)}, folder / "model.safetensors")
+    for name in ("run", "resumed"):
+        shutil.copy(out / name / "metrics.jsonl", tmp_path / name)
+        shutil.copytree(out / name / "rollouts", tmp_path / name / "rollouts")
+    return tmp_path / "run", tmp_path / "resumed", tmp_path / "model"
+
+
+def test_a_resume_that_differs_fails(runs: tuple[Path, Path, Path]) -> None:
+    _, resumed, _ = runs
+    assert smoke.check_resume(*runs, exact=True).verdict == "PASS"
+    edit(resumed / "metrics.jsonl", lambda line: line.update(grad_norm=1.001 * line["grad_norm"]))
+    assert smoke.check_resume(*runs, exact=False).verdict == "PASS"
+    assert "different: grad_norm" in smoke.check_resume(*runs, exact=True).numbers
+    edit(resumed / "metrics.jsonl", lambda line: line.update(loss=1.002 * line["loss"]))
+    found = smoke.check_resume(*runs, exact=False)
+    assert found.verdict == "FAIL"
+    assert "loss differs by 2.0e-03 (limit 0.001)" in found.numbers
+
+
+def test_a_resume_with_other_rollouts_or_weights_fails(runs: tuple[Path, Path, Path]) -> None:
+    _, resumed, _ = runs
+    save_file({"weight": torch.full((4,), 1.8)}, resumed / "hf" / "model.safetensors")
+    assert "weights by 2.0e-01 of the run's update" in smoke.check_resume(*runs, exact=False).numbers
+    assert smoke.check_resume(*runs, exact=False).verdict == "FAIL"
+    save_file({"weight": torch.full((4,), 1.95)}, resumed / "hf" / "model.safetensors")
+    assert smoke.check_resume(*runs, exact=False).verdict == "PASS"
+    edit(resumed / "rollouts" / "step_000003.jsonl", lambda line: line.update(token_ids=[7]))
+    found = smoke.check_resume(*runs, exact=False)
+    assert found.verdict == "FAIL"
+    assert "7 of 8 rollouts the same" in found.numbers
+
+
+def test_logits() -> None:
+    assert smoke.check_logits(GOOD_LOGITS).verdict == "PASS"
+    for broken in ({"ours": 2.1e-2}, {"ours": float("nan")}, {"ours": 2e-5, "dtype": "float32"}):
+        assert smoke.check_logits(GOOD_LOGITS | broken).verdict == "FAIL"
+
+
+def memory_log(**changes: tuple[float, float]) -> str:
+    """Three steps as megatron_opsd/memory.py logs them; ``changes`` are moves of the last one."""
+    lines = ["2026-01-01 00:00:00,000 INFO vllm.v1.worker.gpu_worker: Available KV cache memory: 30.0 GiB"]
+    for step in (STEP, STEP, STEP | changes):
+        for what, (before, after) in step.items():
+            move = f"megatron_opsd.memory: {what}: 0.12 s, {before:.1f} to {after:.1f} GiB free"
+            lines.append(f"2026-01-01 00:00:00,000 INFO {move}")
+    return "\n".join(lines)
+
+
+def test_memory() -> None:
+    found = smoke.check_memory(memory_log(), EXPECTED)
+    assert {result.verdict for result in found} == {"PASS"}
+    assert {result.name for result in found} == {f"memory, {what}" for what in STEP}
+    assert str(found[0]) == "PASS memory, vLLM off: frees 31.1 GiB (41.5 to 72.6 GiB free), expected 31.1"
+
+
+@pytest.mark.parametrize("what", STEP)
+def test_memory_that_does_not_move_fails(what: str) -> None:
+    """Also where it stays only once."""
+    before, _ = STEP[what]
+    found = smoke.check_memory(memory_log(**{what: (before, before)}), EXPECTED)
+    assert [result.name for result in found if result.verdict == "FAIL"] == [f"memory, {what}"]
+
+
+def test_a_log_without_moves_fails() -> None:
+    (found,) = smoke.check_memory("", EXPECTED)
+    assert found.verdict == "FAIL"
+
+
+def test_a_command_that_fails_is_quoted(tmp_path: Path) -> None:
+    program = "print('loading'); raise ValueError('no such layer')"
+    with pytest.raises(smoke.CommandFailedError, match="exit status 1: ValueError: no such layer; look at"):
+        smoke.run(tmp_path / "said", sys.executable, "-c", program)
