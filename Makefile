@@ -12,7 +12,7 @@ ARITHMETIC := examples/arithmetic
 # Two training processes on two cores: more threads in each only get in each other's way.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test test-slurm bench lint type
+.PHONY: setup demo test test-kills test-slurm bench lint type
 
 setup: .venv/installed
 
@@ -35,6 +35,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# kill -9 of a random rank at 20 seeded moments, into benchmarks/results/kills.md: half an hour.
+test-kills: setup
+	KILLS=20 $(BIN)/python -m pytest tests/distributed/test_kills.py
 
 # A SLURM cluster of four virtual nodes on this machine, and a run that loses ranks and nodes: a quarter of an hour.
 # As root. Installs Debian's packages where SLURM is missing; the SLURM of the machine itself, if any, is left alone.

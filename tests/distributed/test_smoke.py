@@ -104,6 +104,8 @@ def test_a_resume_that_differs_fails(runs: tuple[Path, Path, Path]) -> None:
     found = smoke.check_resume(*runs, exact=False)
     assert found.verdict == "FAIL"
     assert "loss differs by 2.0e-03 (limit 0.001)" in found.numbers
+    edit(resumed / "metrics.jsonl", lambda line: line.update(loss=None))
+    assert smoke.check_resume(*runs, exact=False).verdict == "FAIL"
 
 
 def test_a_resume_with_other_rollouts_or_weights_fails(runs: tuple[Path, Path, Path]) -> None:

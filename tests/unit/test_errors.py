@@ -166,6 +166,16 @@ def test_truncated_weights(config: list[str], tmp_path: Path) -> None:
     assert "model.safetensors: not a readable safetensors file" in line
 
 
+def test_a_run_directory_that_anybody_may_write_to(config: list[str], tmp_path: Path) -> None:
+    run_dir = tmp_path / "open"
+    run_dir.mkdir()
+    run_dir.chmod(0o777)
+    with pytest.raises(SystemExit, match="2"):
+        main(["check", *config, "--logging.run_dir", str(run_dir)])
+    run_dir.chmod(0o775)
+    main(["check", *config, "--logging.run_dir", str(run_dir)])
+
+
 def test_a_run_directory_with_checkpoints(config: list[str], tmp_path: Path) -> None:
     """A new run, or one that goes back, never mixes its checkpoints with later ones."""
     for step in (10, 20):

@@ -1,0 +1,69 @@
+"""Guards warn, remember over a checkpoint, and end a run with the step to go back to."""
+
+import json
+
+import pytest
+
+from megatron_opsd.config import GuardsConfig
+from megatron_opsd.errors import RunStoppedError
+from megatron_opsd.guards import Guards
+from megatron_opsd.types import Evaluation
+
+
+def metrics(step: int, entropy: float = 1.0, length: float = 100.0, skipped: int = 0) -> dict[str, float]:
+    return {"step": step, "entropy_student": entropy, "response_length": length, "skipped": skipped}
+
+
+def accuracy(value: float) -> Evaluation:
+    return Evaluation(greedy=value, average=0.0, response_length=0.0, records=[])
+
+
+def test_without_bounds_nothing_is_said() -> None:
+    guards = Guards(GuardsConfig())
+    assert [guards.step(metrics(i, entropy=0.0, length=1.0)) for i in range(20)] == [[]] * 20
+    assert guards.evaluation(1, accuracy(0.9)) == guards.evaluation(2, accuracy(0.0)) == []
+
+
+@pytest.mark.parametrize(
+    ("bounds", "bad", "words"),
+    [
+        ({"min_entropy": 0.1}, {"entropy": 0.05}, "entropy_student 0.05 is below guards.min_entropy = 0.1"),
+        ({"max_entropy": 3.0}, {"entropy": 4.0}, "entropy_student 4 is above guards.max_entropy = 3"),
+        ({"min_response_length": 10.0}, {"length": 9.0}, "response_length 9 is below guards.min_response_length = 10"),
+        ({"max_response_length": 900.0}, {"length": 1e3}, "response_length 1000 is above guards.max_response_length"),
+        ({"min_entropy": 0.1}, {"entropy": float("nan")}, "entropy_student nan is below guards.min_entropy"),
+    ],
+)
+def test_a_bound_warns_forgets_and_ends_the_run(bounds: dict, bad: dict, words: str) -> None:
+    guards = Guards(GuardsConfig(patience=3, **bounds))
+    assert guards.step(metrics(1)) == []
+    for step in (2, 3):
+        (warning,) = guards.step(metrics(step, **bad))
+        assert warning.startswith(f"step {step}: {words}")
+        assert f"({step - 1} of 3 steps in a row)" in warning
+    assert guards.step(metrics(4)) == []  # one good step, and counting starts anew
+    guards.step(metrics(5, **bad))
+    resumed = Guards(GuardsConfig(patience=3, **bounds))
+    resumed.load_state_dict(json.loads(json.dumps(guards.state_dict())))
+    resumed.step(metrics(6, **bad))
+    with pytest.raises(RunStoppedError, match=r"^step 7: .* for 3 steps in a row: .* collapsed; use an earlier"):
+        resumed.step(metrics(7, **bad))
+
+
+def test_an_accuracy_that_stays_low_names_the_best_step() -> None:
+    guards = Guards(GuardsConfig(max_accuracy_drop=0.1))
+    for step, value in ((0, 0.3), (10, 0.6), (20, 0.55)):
+        assert guards.evaluation(step, accuracy(value)) == []
+    assert guards.best_step == 10
+    (warning,) = guards.evaluation(30, accuracy(0.4))
+    assert "more than guards.max_accuracy_drop = 0.1 below the best, 0.600 of step 10" in warning
+    with pytest.raises(RunStoppedError, match=r"use the best checkpoint, step 10 \(held-out accuracy 0\.600\)"):
+        guards.evaluation(40, accuracy(0.45))
+
+
+def test_skipped_steps_in_a_row_end_the_run() -> None:
+    guards = Guards(GuardsConfig(max_skipped_steps=1))
+    for step, skipped in ((1, 1), (2, 0), (3, 1)):
+        guards.step(metrics(step, skipped=skipped))
+    with pytest.raises(RunStoppedError, match=r"not finite for 2 steps in a row \(guards.max_skipped_steps = 1\)"):
+        guards.step(metrics(4, skipped=1))
