@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_opsd import checkpoint, parallel
 from megatron_opsd.batch import Batch, Sequences, split
-from megatron_opsd.config import Config, ObjectiveConfig, OptimConfig, ParallelConfig, TrainConfig
+from megatron_opsd.config import CheckpointConfig, Config, ObjectiveConfig, OptimConfig, ParallelConfig, TrainConfig
 from megatron_opsd.conversion.architecture import read_architecture
 from megatron_opsd.conversion.blocks import whole_model
 from megatron_opsd.conversion.convert import hf_to_megatron, megatron_to_hf
@@ -251,7 +251,8 @@ class Run:
         losses = self.student.forward_backward(self.microbatches, head, self.targets)
         grads = {} if self.case.distributed_optimizer else gradients(self.student, self.path, self.layout)
         grads = {name: grad.clone() for name, grad in grads.items()}
-        grad_norm, _ = optimizer_step(self.optimizer, self.schedule)
+        grad_norm, _, updated = optimizer_step(self.optimizer, self.schedule, losses.means()["loss"])
+        assert updated
         return grads, losses.means() | {"grad_norm": grad_norm, "tokens": losses.tokens, "count": losses.count}
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -275,19 +276,22 @@ def compute(case: Case, path: str, layout: Layout, tmp: str) -> None:
 def relay(case: Case, path: str, layout: Layout, tmp: str) -> None:
     """Take the checkpoint of the layout before, write it anew, and go on from it as the first layout did."""
     run, run_dir = Run(case, path, layout), Path(tmp) / "relay"
+    checkpoints, saved = checkpoint.Checkpoints(run_dir, CheckpointConfig()), run_dir / "checkpoints" / "step_000001"
     model, optimizer, reference = run.student.model, run.optimizer, run_dir / "second_step"
     if layout.world_size == 1:
         run.step()
-        run_dir.mkdir()
+        run_dir.mkdir(exist_ok=True)
         save_file(run.weights(), run_dir / "first_step")
     else:
-        checkpoint.load(checkpoint.checkpoint_dir(run_dir, 1), model, optimizer, "a teacher")
+        assert checkpoint.find(run_dir, "auto") == saved
+        checkpoint.load(saved, model, optimizer, "a teacher")
         run.schedule.step(1)
-        saved = load_file(run_dir / "first_step")
-        assert all(torch.equal(tensor, saved[name]) for name, tensor in run.weights().items())
-    saved_in = checkpoint.save(run_dir, model, optimizer, checkpoint.Progress(1, {}, "a teacher"))
-    check_reading(saved_in, path, load_file(run_dir / "first_step"))
-    _, numbers = run.step()
+        before = load_file(run_dir / "first_step")
+        assert all(torch.equal(tensor, before[name]) for name, tensor in run.weights().items())
+    checkpoints.save(model, optimizer, checkpoint.Progress(1, {}, "a teacher"), keep=None)
+    _, numbers = run.step()  # while the checkpoint is being written
+    checkpoints.finish()
+    check_reading(saved, path, load_file(run_dir / "first_step"))
     if layout.world_size == 1:
         save_file(run.weights(), reference)
         torch.save(numbers, f"{reference}.pt")
