@@ -65,8 +65,8 @@ class Checkpoints:
         self._folder, self._config = run_dir / "checkpoints", config
         self._writers = AsyncCallsQueue()
         _start_results_queue()
-        self._begun: tuple[int, float] | None = None
-        self.seconds = math.inf  # that the last save took, until it was seen to be complete; not known yet
+        self._begun: int | None = None  # the step whose save is under way
+        self.seconds = math.inf  # that the last save took, from its begin to its last byte; not known yet
         if dist.get_rank() == 0:
             for leftover in self._folder.glob(".*"):  # of a run that was killed
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -81,7 +81,7 @@ class Checkpoints:
             SaveError: the one before has failed.
         """
         self.finish()
-        self._begun = (progress.step, time.monotonic())
+        self._begun, start = progress.step, time.monotonic()
         # A name of its own: an orphan of a killed run may still write into the folder of the same step.
         names = [f".step_{progress.step:06d}.{time.time_ns():x}"]
         dist.broadcast_object_list(names)
@@ -95,34 +95,38 @@ class Checkpoints:
         )
         assert request is not None
         if request.async_fn is not None:
-            request = request._replace(async_fn=_Writer(request.async_fn, staging, dist.get_rank()))
-        request.add_finalize_fn(lambda: self._on_rank_0(lambda: self._complete(staging, progress, keep)))
+            request = request._replace(async_fn=_Writer(request.async_fn, staging, dist.get_rank(), start))
+        request.add_finalize_fn(partial(self._complete, staging, progress, keep))
         self._writers.schedule_async_request(request)
 
-    def finish(self, wait: bool = True) -> None:
-        """Complete the save under way, if any; without ``wait`` only where all ranks have written everything.
+    def finish(self) -> None:
+        """Wait for the save under way, if any, and complete it.
 
         Raises:
             SaveError: it could not be written. The checkpoints before it are as they were.
         """
         if self._begun is None:
             return
-        step, start = self._begun
         try:
-            done = self._writers.maybe_finalize_async_calls(blocking=wait)
+            self._writers.maybe_finalize_async_calls(blocking=True)
         except CheckpointException as error:  # rank 0 knows why
             reasons = {" ".join(str(failure[0]).split()) for failure in error.failures.values()}
             raise self._failed("; ".join(sorted(reasons))) from None
-        if done:
-            self._begun, self.seconds = None, time.monotonic() - start
-            log.info("saved step %d in %.1f s", step, self.seconds)
+        log.info("saved step %d in %.1f s", self._begun, self.seconds)
+        self._begun = None
 
     def _complete(self, staging: Path, progress: Progress, keep: int | None) -> None:
-        """Name what all ranks have written."""
+        self.seconds = self._on_rank_0(lambda: self._name(staging, progress, keep))
+
+    def _name(self, staging: Path, progress: Progress, keep: int | None) -> float:
+        """Name what all ranks have written; returns the seconds that the slowest took."""
         checksums: dict[str, int] = {}
-        for part in staging.glob("*.crc"):
-            checksums |= json.loads(part.read_text())
-            part.unlink()
+        seconds = []
+        for file in staging.glob("*.part"):
+            part = json.loads(file.read_text())
+            checksums |= part["checksums"]
+            seconds.append(part["seconds"])
+            file.unlink()
         for file in staging.iterdir():
             if file.suffix == ".distcp" and file.name not in checksums:
                 raise OSError(f"the writer of {file.name} did not get to its end")
@@ -133,6 +137,7 @@ class Checkpoints:
         shutil.rmtree(target, ignore_errors=True)
         staging.rename(target)
         self._remove_old(keep)
+        return max(seconds)
 
     def _remove_old(self, keep: int | None) -> None:
         last, every = self._config.keep_last, self._config.keep_every
@@ -143,16 +148,18 @@ class Checkpoints:
                 doomed = path.rename(path.with_name(f".{path.name}.removed"))  # never half of one under its name
                 shutil.rmtree(doomed, ignore_errors=True)
 
-    def _on_rank_0(self, action: Callable[[], None]) -> None:
+    def _on_rank_0(self, action: Callable[[], T]) -> T:
         try:
-            _on_rank_0(action)
+            return _on_rank_0(action)
         except UserError as refused:
             raise self._failed(str(refused)) from None
 
     def _failed(self, why: str) -> "SaveError":
-        assert self._begun
-        step, self._begun = self._begun[0], None
+        assert self._begun is not None
+        step, self._begun = self._begun, None
         if dist.get_rank() == 0:
+            free = shutil.disk_usage(self._folder).free  # torch's own words may hide the reason
+            why += f" ({free / 2**30:.1f} GiB free)"
             for staging in self._folder.glob(f".step_{step:06d}.*"):
                 shutil.rmtree(staging, ignore_errors=True)  # its room may be what was missing
         return SaveError(f"{self._folder}: the checkpoint of step {step} could not be written: {why}")
@@ -169,12 +176,14 @@ class _Writer:
     write: Callable[..., None]
     staging: Path
     rank: int
+    start: float  # time.monotonic() at the begin of the save
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         self.write(*args, **kwargs)
         checksums = {file.name: checksum(file) for file in self.staging.glob(f"__{self.rank}_*.distcp")}
         with contextlib.suppress(OSError):  # a full disk; Megatron reports its own failure, and the file will be missed
-            (self.staging / f"{self.rank}.crc").write_text(json.dumps(checksums))
+            part = {"seconds": time.monotonic() - self.start, "checksums": checksums}
+            (self.staging / f"{self.rank}.part").write_text(json.dumps(part))
 
 
 def _on_rank_0(action: Callable[[], T]) -> T:

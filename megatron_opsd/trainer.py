@@ -69,7 +69,8 @@ class Trainer:
         self.memory = DeviceMemory(self.engine, self.teacher, self.student, states)
         self.exporter = self._exporter(self.student.model)
         self.steps_done = 0  # also the version of the student's weights
-        self.saved, self.evaluated = 0, -1  # after which step, last
+        self.saved = self._saving = 0  # after which step, last
+        self.evaluated = -1
         self._sampled = self.sampler.state_dict()  # where the sampler stood after them
         self._step_seconds = math.inf  # not known yet
         if resume_from:
@@ -135,13 +136,14 @@ class Trainer:
         self.watchdog.enter("save")
         guards = self.guards.state_dict()
         progress = checkpoint.Progress(self.steps_done, self._sampled, self.teacher_identity, self.evaluated, guards)
-        self.saved = self.steps_done
         self.checkpoints.save(self.student.model, self.optimizer, progress, keep=self.guards.best_step)
+        self._saving = self.steps_done
 
-    def finish_saving(self, wait: bool = True) -> None:
-        """Complete the checkpoint under way; without ``wait`` only if it has been written by now."""
+    def finish_saving(self) -> None:
+        """Wait for the checkpoint under way, if any."""
         self.watchdog.enter("save")
-        self.checkpoints.finish(wait)
+        self.checkpoints.finish()
+        self.saved = self._saving
 
     def export_hf(self) -> None:
         """Write the student as a Hugging Face directory, run_dir/hf."""
@@ -170,7 +172,7 @@ class Trainer:
         self.sampler.load_state_dict(progress.sampler)
         self.guards.load_state_dict(progress.guards)
         self._sampled = progress.sampler
-        self.steps_done = self.saved = progress.step
+        self.steps_done = self.saved = self._saving = progress.step
         self.evaluated = progress.evaluated
         self.schedule.step(self.steps_done)
         log.info("resumed from %s", path)
@@ -280,14 +282,10 @@ def run(trainer: Trainer, held_out: Sequence[Example], writer: MetricsWriter) ->
                 break
             if parallel.any_rank(trainer.interruption.received):
                 raise AbandonedError("not begun")
-            save_due = is_due(done, saves) and trainer.saved < done
-            try:
-                trainer.finish_saving(wait=save_due)
-                if save_due:
-                    trainer.save()
-            except checkpoint.SaveError as error:
-                writer.warn([f"{error}; going on without it"])
+            if is_due(done, saves) and trainer.saved < done:
+                attempt(trainer.save, writer)
             result = trainer.step()
+            attempt(trainer.finish_saving, writer)  # written meanwhile, and complete before this step is recorded
             writer.step(result)
             writer.warn(trainer.guards.step(result.metrics))
     except AbandonedError as reason:
@@ -303,6 +301,14 @@ def run(trainer: Trainer, held_out: Sequence[Example], writer: MetricsWriter) ->
         trainer.save()
     trainer.finish_saving()
     return broken_off
+
+
+def attempt(save: Callable[[], None], writer: MetricsWriter) -> None:
+    """A checkpoint that cannot be written costs a line, not the run."""
+    try:
+        save()
+    except checkpoint.SaveError as error:
+        writer.warn([f"{error}; going on without it"])
 
 
 def check_same_data(sampler: Sampler) -> None:
