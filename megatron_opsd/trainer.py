@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch.distributed as dist
 
@@ -37,6 +38,7 @@ from megatron_opsd.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 SAVE_MARGIN = 1.5  # how much longer than the last save the next may take
 
 
@@ -139,11 +141,19 @@ class Trainer:
         self.checkpoints.save(self.student.model, self.optimizer, progress, keep=self.guards.best_step)
         self._saving = self.steps_done
 
-    def finish_saving(self) -> None:
-        """Wait for the checkpoint under way, if any."""
+    def finish_saving(self) -> list[str]:
+        """Wait for the checkpoint under way, if any. Returns what the reader should know about it."""
         self.watchdog.enter("save")
+        was_saving = self.saved < self._saving
         self.checkpoints.finish()
         self.saved = self._saving
+        lead, save = self.config.checkpoint.signal_lead_seconds, SAVE_MARGIN * self.checkpoints.seconds
+        if not was_saving or save <= lead:
+            return []
+        return [
+            f"a checkpoint took {self.checkpoints.seconds:.1f} s, for which checkpoint.signal_lead_seconds = {lead:g} "
+            f"leaves no room; let signals come {save + self._step_seconds:.0f} s before the end (a step and a save)"
+        ]
 
     def export_hf(self) -> None:
         """Write the student as a Hugging Face directory, run_dir/hf."""
@@ -285,7 +295,8 @@ def run(trainer: Trainer, held_out: Sequence[Example], writer: MetricsWriter) ->
             if is_due(done, saves) and trainer.saved < done:
                 attempt(trainer.save, writer)
             result = trainer.step()
-            attempt(trainer.finish_saving, writer)  # written meanwhile, and complete before this step is recorded
+            # It was written meanwhile, and is complete before this step is recorded.
+            writer.warn(attempt(trainer.finish_saving, writer) or [])
             writer.step(result)
             writer.warn(trainer.guards.step(result.metrics))
     except AbandonedError as reason:
@@ -303,12 +314,13 @@ def run(trainer: Trainer, held_out: Sequence[Example], writer: MetricsWriter) ->
     return broken_off
 
 
-def attempt(save: Callable[[], None], writer: MetricsWriter) -> None:
+def attempt(save: Callable[[], T], writer: MetricsWriter) -> T | None:
     """A checkpoint that cannot be written costs a line, not the run."""
     try:
-        save()
+        return save()
     except checkpoint.SaveError as error:
         writer.warn([f"{error}; going on without it"])
+        return None
 
 
 def check_same_data(sampler: Sampler) -> None:

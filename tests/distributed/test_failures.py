@@ -117,12 +117,13 @@ def test_a_signal_saves_and_a_second_one_leaves_at_once(unbroken: tuple[Path, di
 def test_a_step_without_time_to_end_is_given_up(phase: str, unbroken: tuple[Path, dict[str, str]]) -> None:
     wanted, settings = unbroken
     run_dir = wanted.with_name(f"given_up_{phase}")
-    with started(run_dir, settings | {"checkpoint.signal_lead_seconds": "0.5"}) as run:
+    with started(run_dir, settings | {"checkpoint.signal_lead_seconds": "0.1"}) as run:
         run.wait_until(lambda: run.phases().count(phase) == 4)
         run.signal(signal.SIGTERM if phase == "student" else signal.SIGUSR1)
         status, output = run.finish()
     assert status == 0, output
     assert outcome(run_dir) == "interrupted"
+    assert "for which checkpoint.signal_lead_seconds = 0.1 leaves no room; let signals come" in output
     assert run.steps() == (3 if phase == "rollout" else 4)  # what comes after the teacher's pass is not given up
     complete(run_dir, settings)
     assert_equal_runs(run_dir, wanted)
