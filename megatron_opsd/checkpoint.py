@@ -8,7 +8,6 @@ file, which is compared before anything is loaded.
 
 import contextlib
 import json
-import logging
 import math
 import shutil
 import sys
@@ -29,13 +28,13 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_opsd import events
 from megatron_opsd.config import CheckpointConfig
 from megatron_opsd.conversion import pickles
 from megatron_opsd.errors import UserError
 from megatron_opsd.interruption import serve_parent
 from megatron_opsd.model import HiddenStateGPT
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # The format that any layout can load. Gathered through gloo into the host memory of one data-parallel rank; the other
@@ -112,7 +111,7 @@ class Checkpoints:
         except CheckpointException as error:  # rank 0 knows why
             reasons = {" ".join(str(failure[0]).split()) for failure in error.failures.values()}
             raise self._failed("; ".join(sorted(reasons))) from None
-        log.info("saved step %d in %.1f s", self._begun, self.seconds)
+        events.record("saved", step=self._begun, seconds=round(self.seconds, 3))
         self._begun = None
 
     def _complete(self, staging: Path, progress: Progress, keep: int | None) -> None:

@@ -6,35 +6,54 @@ teacher        the teacher (vLLM sleeps at level 2: nothing of it is left)
 student        the student's gradients
 optimizer      the student's gradients, the optimizer's states
 refit          vLLM: weights, and one bucket of the student's; the KV cache wakes when that is free again
+end            what always stays: vLLM's pools, which must be awake when they are freed, find room
 =============  ======================================================================================
 
 The student's weights and the teacher's LM head (``placement = "offload"``; otherwise all of the teacher, the gradients
 and the optimizer's states) always stay. On a CPU nothing moves.
 """
 
-import logging
+import resource
 import time
 from collections.abc import Callable
 
 import torch
 
+from megatron_opsd import events, parallel
 from megatron_opsd.optim import OptimizerStates
 from megatron_opsd.rollout.engine import Engine
 from megatron_opsd.student import Student
 from megatron_opsd.teacher import Teacher
 
-log = logging.getLogger(__name__)
-
 
 class DeviceMemory:
-    """Moves things when a phase begins; each move is timed and logged with the memory that is free after it."""
+    """Moves things when a phase begins. Each move is an event with its seconds and the memory that is free after it."""
 
     def __init__(self, engine: Engine, teacher: Teacher, student: Student, states: OptimizerStates) -> None:
         self._engine, self._teacher, self._student, self._states = engine, teacher, student, states
         self._offloads_gradients = states.offloads
+        self._peak = 0
 
     def enter(self, phase: str) -> None:
         """Make room for ``phase`` and bring what it needs."""
+        self._peak = max(self._peak, self._phase_peak())
+        self._make_room(phase)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def peak_gib(self) -> float:
+        """Peak memory since the start: what training and vLLM held on the GPU, or the process's on a CPU."""
+        if not torch.cuda.is_available():
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return max(self._peak, self._phase_peak()) / 2**30
+
+    def _phase_peak(self) -> int:
+        """Bytes since the phase began. The allocator also counts vLLM's pools while they sleep and hold no memory."""
+        if not torch.cuda.is_available():
+            return 0
+        return torch.cuda.max_memory_allocated(parallel.device()) - self._engine.sleeping_bytes()
+
+    def _make_room(self, phase: str) -> None:
         match phase:
             case "rollout" | "evaluate":
                 self._move("KV cache on", self._engine.wake_up_kv_cache)
@@ -52,6 +71,11 @@ class DeviceMemory:
                 if self._offloads_gradients:
                     self._move("gradients off", self._student.ddp.offload_grad_buffers)
                 self._move("vLLM's weights on", self._engine.wake_up_weights)
+            case "end":
+                self._move("teacher off", self._teacher.offload)
+                self._move("optimizer states off", self._states.offload)
+                if self._offloads_gradients:
+                    self._move("gradients off", self._student.ddp.offload_grad_buffers)
 
     def _move(self, what: str, move: Callable[[], None]) -> None:
         if not torch.cuda.is_available():
@@ -60,7 +84,8 @@ class DeviceMemory:
         before, start = _free_gib(), time.perf_counter()
         move()
         after = _free_gib()
-        log.info("%s: %.2f s, %.1f to %.1f GiB free", what, time.perf_counter() - start, before, after)
+        seconds = round(time.perf_counter() - start, 3)
+        events.record("move", what=what, seconds=seconds, free_gib=[round(before, 2), round(after, 2)])
 
 
 def _free_gib() -> float:

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,14 +15,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_opsd import parallel
+from megatron_opsd import events
 from megatron_opsd.config import Config, dump_toml
+from megatron_opsd.run_dir import complete_lines
 from megatron_opsd.types import Evaluation, StepResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-log = logging.getLogger(__name__)
 
 PHASES = ("rollout", "teacher", "student", "optimizer", "refit")
 
@@ -49,13 +47,6 @@ class Clock:
 
     def seconds(self) -> dict[str, float]:
         return {f"seconds_{name}": value for name, value in self._seconds.items()} | {"seconds_total": self.elapsed()}
-
-
-def memory_peak_gib() -> float:
-    """Peak memory since the start: the allocator's on a GPU, the process's on CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated(parallel.device()) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 class MetricsWriter:
@@ -107,7 +98,7 @@ class MetricsWriter:
     def warn(self, warnings: Sequence[str]) -> None:
         """One line each, on the terminal and in the log."""
         for text in warnings:
-            log.warning(text)
+            events.record("warning", text=text)
             self.say(f"warning: {text}")
 
     def step(self, result: StepResult) -> None:
@@ -179,12 +170,13 @@ def start_logging(run_dir: Path, rank: int, command: str = "train") -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.captureWarnings(True)
+    if rank == 0 and command == "train":
+        events.write_to(run_dir / "events.jsonl", complete_lines(run_dir / "events.jsonl"))
 
 
 def _open_log(file: Path, start: int) -> TextIO:
-    lines = file.read_text().splitlines(keepends=True) if start and file.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]  # a run that was killed may have left half a line
-    file.write_text("".join(line for line in whole if json.loads(line)["step"] <= start))
+    lines = complete_lines(file) if start else []
+    file.write_text("".join(line for line in lines if json.loads(line)["step"] <= start))
     return file.open("a", buffering=1)
 
 

@@ -1,10 +1,10 @@
 """A Hugging Face architecture as Megatron's GPTModel: Transformer Engine layers on a GPU, local layers elsewhere."""
 
-import importlib.util
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -100,8 +100,13 @@ class HiddenStateGPT(GPTModel):
 
 
 def use_transformer_engine() -> bool:
-    """Transformer Engine's layers need the package and a GPU."""
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    """Transformer Engine's layers need a GPU, and a package that Megatron could load."""
+    return torch.cuda.is_available() and HAVE_TE
+
+
+def layers_in_use() -> str:
+    """Whose layers the models are built of, for the reader."""
+    return "Transformer Engine" if use_transformer_engine() else "local"
 
 
 def edge_stage_layers(num_layers: int, stages: int) -> tuple[int | None, int | None]:

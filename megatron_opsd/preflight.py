@@ -1,5 +1,6 @@
 """Finds a user's mistakes before any process group is formed and any weight is read. Needs no GPU."""
 
+import importlib
 import importlib.util
 import os
 from pathlib import Path
@@ -36,6 +37,7 @@ def check(config: Config, world_size: int | None, train: bool = True) -> None:
     else:
         check_servers(config)
     if train:
+        check_transformer_engine()
         check_parallel(config, arch, world_size)
         check_batch(config, world_size)
         check_data(config.data, "data")
@@ -91,6 +93,23 @@ def _is_base_url(url: str) -> bool:
         return False
     more = parts.path.strip("/") or parts.query or parts.fragment or parts.username
     return parts.scheme in ("http", "https") and named and not more
+
+
+def check_transformer_engine() -> None:
+    """Refuse a Transformer Engine that is installed but cannot be loaded: a run would silently use slower layers.
+
+    Not needed without a GPU.
+    """
+    if not _has_gpu() or importlib.util.find_spec("transformer_engine") is None:
+        return
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"transformer-engine is installed but cannot be loaded ({reason}); install the build that fits this torch "
+            "(docs/environment.md), or pip uninstall it to train with local layers"
+        ) from error
 
 
 def check_installed(package: str, remedy: str) -> None:

@@ -1,13 +1,16 @@
-"""The folder of a run: who may write to it, and the line that says how the run ended."""
+"""The folder of a run: who may write to it, how its files are read, and the line that says how the run ended."""
 
+import json
 import os
 import stat
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from megatron_opsd import events
 from megatron_opsd.errors import UserError
 
 OUTCOME = "outcome"
+_MEASURED = ("seconds_", "memory_", "tokens_per_second")  # metrics of the machine, not of the training
 
 
 def check(run_dir: Path) -> None:
@@ -40,3 +43,30 @@ def write_outcome(run_dir: Path, outcome: Literal["finished", "interrupted", "st
     staging = file.with_name(f".{OUTCOME}.{os.getpid()}")
     staging.write_text(f"{outcome}: {' '.join(why.split())}\n")
     staging.rename(file)
+    events.record("end", outcome=outcome, why=why)
+
+
+def read_outcome(run_dir: Path) -> tuple[str, str]:
+    """What :func:`write_outcome` left: outcome and reason; both are empty where the run crashed or is still running."""
+    file = run_dir / OUTCOME
+    outcome, _, why = file.read_text().strip().partition(": ") if file.exists() else ("", "", "")
+    return outcome, why
+
+
+def complete_lines(file: Path) -> list[str]:
+    """The lines of a file without the half line that a killed run may have left; none where there is no file yet."""
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [line for line in lines if line.endswith("\n")]
+
+
+def read_jsonl(file: Path) -> list[dict[str, Any]]:
+    """The complete lines of a JSONL file as objects."""
+    return [json.loads(line) for line in complete_lines(file)]
+
+
+def repeatable_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without times and memory: what two runs of one configuration have in common."""
+    return [
+        {name: value for name, value in line.items() if not name.startswith(_MEASURED)}
+        for line in read_jsonl(run_dir / "metrics.jsonl")
+    ]

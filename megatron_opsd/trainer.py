@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from megatron_opsd import checkpoint, parallel, run_dir
+from megatron_opsd import checkpoint, events, parallel, run_dir
 from megatron_opsd.batch import Batch, Sample, padding_share, split
 from megatron_opsd.config import Config
 from megatron_opsd.conversion.architecture import read_architecture
@@ -24,8 +24,8 @@ from megatron_opsd.evaluate import evaluate, grade
 from megatron_opsd.guards import Guards
 from megatron_opsd.interruption import Interruption
 from megatron_opsd.memory import DeviceMemory
-from megatron_opsd.metrics import Clock, MetricsWriter, is_due, memory_peak_gib, start_logging
-from megatron_opsd.model import HiddenStateGPT, build_model
+from megatron_opsd.metrics import Clock, MetricsWriter, is_due, start_logging
+from megatron_opsd.model import HiddenStateGPT, build_model, layers_in_use
 from megatron_opsd.optim import OptimizerStates, build_optimizer, build_schedule, optimizer_step
 from megatron_opsd.prompts import build_prompts, max_model_len
 from megatron_opsd.rollout import build_engine
@@ -121,7 +121,7 @@ class Trainer:
             "weight_version": rollouts[0].weight_version,
             **(seconds := clock.seconds()),
             "tokens_per_second": losses.tokens / seconds["seconds_total"],
-            "memory_peak_gib": memory_peak_gib(),
+            "memory_peak_gib": self.memory.peak_gib(),
         }
         self._step_seconds = seconds["seconds_total"]
         return StepResult(metrics, examples, rollouts, correct)
@@ -165,6 +165,12 @@ class Trainer:
             for _ in self.exporter:  # the stream is collective
                 pass
         dist.barrier()
+
+    def close(self) -> None:
+        """Leave the watchdog and the engine. The run has ended on all ranks."""
+        self.watchdog.close()
+        self.memory.enter("end")
+        self.engine.close()
 
     def _load_model(self, reader: HFReader) -> HiddenStateGPT:
         model = build_model(self.table.arch, self.config.model, self.config.parallel, self.layout.pg_collection)
@@ -251,7 +257,8 @@ def train(config: Config) -> None:
     folder = Path(config.logging.run_dir)
     if layout.rank == 0:
         run_dir.prepare(folder)
-        print(f"loading {config.model.path} on {layout.world_size} ranks; messages go to {folder / 'logs'}", flush=True)
+        ranks = f"{layout.world_size} ranks, {layers_in_use()} layers"
+        print(f"loading {config.model.path} on {ranks}; messages go to {folder / 'logs'}", flush=True)
     dist.barrier()
     start_logging(folder, layout.rank)
     held_out: list[Example] = []
@@ -260,6 +267,7 @@ def train(config: Config) -> None:
         held_out = read_held_out(config.evaluate.data, tokenizer)[: config.evaluate.limit]
     trainer = Trainer(config, layout, interruption)
     with MetricsWriter(config, trainer.prompts.tokenizer, trainer.steps_done, enabled=layout.rank == 0) as writer:
+        events.record("start", step=trainer.steps_done, world_size=layout.world_size, layers=layers_in_use())
         if trainer.steps_done:
             writer.say(f"going on after step {trainer.steps_done}")
         broken_off = run(trainer, held_out, writer)
@@ -270,8 +278,7 @@ def train(config: Config) -> None:
         why = f"{broken_off or 'all steps are done'}, after step {trainer.steps_done}"
         run_dir.write_outcome(folder, "interrupted" if broken_off else "finished", why)
     dist.barrier()  # the first rank that leaves may take the others along
-    trainer.watchdog.close()
-    trainer.engine.close()
+    trainer.close()
     parallel.finalize()
 
 

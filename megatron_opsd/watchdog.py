@@ -20,6 +20,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
+from megatron_opsd import events
 from megatron_opsd.config import TimeoutsConfig
 from megatron_opsd.interruption import Interruption
 
@@ -51,7 +52,7 @@ class Watchdog:
 
     def enter(self, phase: str) -> None:
         """The main thread begins ``phase``, a field of ``[timeouts]``."""
-        log.info("phase: %s", phase)
+        events.record("phase", phase=phase)
         self._phase, self._since = phase, time.monotonic()
 
     def close(self) -> None:

@@ -1,9 +1,10 @@
 """vLLM inside the training processes, in turns with training on the same devices."""
 
+import atexit
 import itertools
 import os
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,13 +13,15 @@ from torch import Tensor
 
 from megatron_opsd.config import Config
 from megatron_opsd.errors import AbandonedError
-from megatron_opsd.rollout.engine import Sampling
+from megatron_opsd.rollout.engine import RefitError, Sampling
 from megatron_opsd.rollout.vllm_setup import (
     after_reload,
     before_reload,
     engine_arguments,
     prepare_environment,
+    repair_shared_memory,
     sampling_arguments,
+    sleeping_bytes,
 )
 from megatron_opsd.types import Rollout
 
@@ -41,6 +44,7 @@ class ColocatedVLLM:
         self._can_sleep = torch.cuda.is_available()
         self._version = -1
         self._asleep: set[str] = set()
+        atexit.register(self._wake_up_all)  # also where the run ends with an error
 
     def generate(
         self,
@@ -91,7 +95,8 @@ class ColocatedVLLM:
         self._llm.apply_model(partial(before_reload, model_config=self._llm.llm_engine.model_config))
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_tensors)})
         self._llm.apply_model(after_reload)
-        self._llm.reset_prefix_cache()
+        if not self._llm.reset_prefix_cache():
+            raise RefitError("refit: vLLM did not reset its prefix cache, so answers could come from earlier weights")
         self._version = version
 
     def sleep(self) -> None:
@@ -111,8 +116,17 @@ class ColocatedVLLM:
             self._llm.wake_up(tags=[tag])
             self._asleep.remove(tag)
 
+    def sleeping_bytes(self) -> int:
+        return sleeping_bytes() if self._asleep else 0
+
     def close(self) -> None:
+        self._wake_up_all()
         self._llm.llm_engine.engine_core.shutdown()
+
+    def _wake_up_all(self) -> None:
+        """When the process ends, torch frees vLLM's pools, and crashes where they sleep: their memory is not mapped."""
+        for tag in ("weights", "kv_cache"):
+            self._wake_up(tag)
 
 
 def _join_group(size: int) -> dist.ProcessGroup:
@@ -128,13 +142,21 @@ def _any(flag: bool, group: dist.ProcessGroup) -> bool:
     return bool(flags)
 
 
-def _start(config: Config, max_model_len: int) -> "LLM":
+@cache
+def import_vllm() -> "type[LLM]":
+    """vLLM's class for an engine in this process, imported in the environment that it needs."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine lives in this process
     os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")  # vLLM's messages go where the run's go
     prepare_environment()
     from vllm import LLM
 
-    return LLM(
+    if not torch.cuda.is_available():
+        repair_shared_memory()
+    return LLM
+
+
+def _start(config: Config, max_model_len: int) -> "LLM":
+    return import_vllm()(
         **engine_arguments(config, max_model_len),
         distributed_executor_backend="external_launcher",
         enable_sleep_mode=torch.cuda.is_available(),

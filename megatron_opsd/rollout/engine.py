@@ -23,6 +23,10 @@ class NoServerLeftError(RuntimeError):
     """No rollout server is left to write rollouts or to take weights: the message says what became of each."""
 
 
+class RefitError(RuntimeError):
+    """What vLLM holds is not what the student holds. The message names the tensor or the tokens that differ."""
+
+
 class Engine(Protocol):
     """Every rank calls each method together with all others."""
 
@@ -59,7 +63,13 @@ class Engine(Protocol):
         """Make room for the KV cache, after the refit has freed its buckets."""
         ...
 
-    def close(self) -> None: ...
+    def sleeping_bytes(self) -> int:
+        """Bytes that the device's allocator counts as this engine's although they sleep, on this rank."""
+        ...
+
+    def close(self) -> None:
+        """Leave the engine; what sleeps is woken first. Call once, on all ranks."""
+        ...
 
 
 def sample_seed(seed: int, step: int, sample: int) -> int:

@@ -8,15 +8,11 @@ from torch import Tensor
 from megatron_opsd.config import Config
 from megatron_opsd.conversion.export import Exporter, checksum
 from megatron_opsd.conversion.mapping import Shape
-from megatron_opsd.rollout.engine import Engine
+from megatron_opsd.rollout.engine import Engine, RefitError
 from megatron_opsd.student import LossSums
 
 # Mean absolute difference between vLLM's and Megatron's log-probs of the same tokens that the dtype explains, in nats.
 MAX_LOGPROB_GAP = {"float32": 1e-4, "bfloat16": 0.05}
-
-
-class RefitError(RuntimeError):
-    """What vLLM holds is not what the student holds. The message names the tensor or the tokens that differ."""
 
 
 def refit(exporter: Exporter, engine: Engine, version: int, verify: bool) -> None:

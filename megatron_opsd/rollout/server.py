@@ -96,6 +96,9 @@ class ServedVLLM:
 
     def wake_up_kv_cache(self) -> None: ...
 
+    def sleeping_bytes(self) -> int:
+        return 0
+
     def close(self) -> None:
         if self._is_client:
             for server in self._servers:

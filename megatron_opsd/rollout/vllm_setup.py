@@ -4,6 +4,7 @@ This module imports vLLM nowhere but inside functions, so that the environment i
 """
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,3 +84,30 @@ def after_reload(model: nn.Module) -> None:
     if not torch.cuda.is_available():
         head = model.get_submodule("lm_head")
         head.quant_method.process_weights_after_loading(head)  # type: ignore[union-attr, operator]
+
+
+def repair_shared_memory() -> None:
+    """On CPU, let several runs share a machine. Call before an engine of several ranks starts in its own processes.
+
+    vLLM 0.32 names the memory that the ranks of an engine share after the ranks alone, if torchrun started them, and a
+    killed run leaves it behind. The next run then fails. Here the name has the run's port, and goes once all have it.
+    """
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+
+    join = _CPUSHMDistributed._init_cpu_shm
+
+    def join_and_unlink(self: Any) -> int:
+        self.group_name = os.environ["MASTER_PORT"] + self.group_name.lstrip("/")
+        handle = join(self)  # its last act is a barrier
+        Path(f"/dev/shm/{self.group_name}_{self.communicator.rank}").unlink()
+        return handle
+
+    _CPUSHMDistributed._init_cpu_shm = join_and_unlink
+
+
+def sleeping_bytes() -> int:
+    """Bytes of vLLM's memory pools that sleep in this process: torch's allocator knows nothing of that."""
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    allocations = CuMemAllocator.get_instance().pointer_to_data.values()
+    return sum(allocation.handle[1] for allocation in allocations if allocation.is_asleep)

@@ -1,15 +1,17 @@
-"""Runs commands as a user does, ``python -m megatron_opsd`` under torchrun above all, and reads what they leave."""
+"""Runs commands as a user does, in processes of their own."""
 
-import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Self
 
-ROOT = Path(__file__).parents[2]
+import psutil
+
+from .harness import ROOT
+
 ARITHMETIC = ROOT / "examples" / "arithmetic"
-
-
 SETTINGS = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "COLUMNS": "160"}
 
 
@@ -33,23 +35,60 @@ def python(*arguments: object, timeout: float = 300) -> str:
     return done.stdout
 
 
-def torchrun(command: str, overrides: dict[str, str], ranks: int) -> list[str]:
-    """``opsd COMMAND examples/arithmetic/opsd.toml`` on ``ranks`` processes of this machine."""
-    flags = [part for name, value in overrides.items() for part in (f"--{name}", value)]
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return [*launcher, "-m", "megatron_opsd", command, str(ARITHMETIC / "opsd.toml"), *flags]
-
-
-def opsd(command: str, overrides: dict[str, str], ranks: int = 1, timeout: float = 300, out: Path | None = None) -> str:
-    """Run :func:`torchrun`'s command; returns what it printed."""
-    return python(*torchrun(command, overrides, ranks), *(("--out", out) if out else ()), timeout=timeout)
-
-
 def write_problems(folder: Path, rows: int = 4096) -> dict[str, str]:
     """Write the arithmetic example's data; returns the overrides that name it."""
     python(ARITHMETIC / "problems.py", "--out", folder, "--train", rows)
     return {"data.path": str(folder / "train.jsonl"), "evaluate.data.path": str(folder / "test.jsonl")}
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def arguments(command: str, overrides: dict[str, str]) -> list[str]:
+    """Of ``opsd COMMAND examples/arithmetic/opsd.toml``."""
+    flags = [part for name, value in overrides.items() for part in (f"--{name}", value)]
+    return [command, str(ARITHMETIC / "opsd.toml"), *flags]
+
+
+class Torchrun:
+    """``torchrun COMMAND`` on this machine: what :class:`harness.Ranks` is, but as a user starts it."""
+
+    def __init__(self, ranks: int, *command: str, limit_file_bytes: int | None = None) -> None:
+        launcher = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={ranks}"]
+        full = [sys.executable, "-m", "torch.distributed.run", *launcher, *command]
+        if limit_file_bytes:
+            full = ["bash", "-c", f'ulimit -f {limit_file_bytes // 1024}; exec "$@"', "bash", *full]
+        self._output = tempfile.NamedTemporaryFile(mode="r", errors="replace")  # noqa: SIM115 - until `end`
+        with Path(self._output.name).open("w") as output:
+            self._process = subprocess.Popen(
+                full, cwd=ROOT, env=os.environ | SETTINGS, stdout=output, stderr=output, start_new_session=True
+            )
+
+    def pids(self) -> list[int]:
+        """Process ids of the ranks that run, in their order."""
+        found = {}
+        for child in psutil.Process(self._process.pid).children():
+            rank = child.environ().get("RANK")
+            if rank is not None:
+                found[int(rank)] = child.pid
+        return [found[rank] for rank in sorted(found)]
+
+    def failed(self) -> bool:
+        return bool(self._process.poll())
+
+    def finish(self, timeout: float) -> list[int]:
+        """Torchrun's exit status."""
+        return [self._process.wait(timeout)]
+
+    def output(self) -> str:
+        return Path(self._output.name).read_text(errors="replace")
+
+    def end(self) -> None:
+        if self._process.poll() is None:
+            for process in [*psutil.Process(self._process.pid).children(recursive=True), self._process]:
+                process.kill()
+            self._process.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+        self._output.close()

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -30,9 +31,11 @@ from megatron_opsd.rollout import build_engine
 from megatron_opsd.rollout.engine import Engine, NoServerLeftError, Sampling, sample_seed
 from megatron_opsd.types import Rollout
 
-from .command_line import ARITHMETIC, ROOT, opsd, write_problems
-from .harness import free_port, run_distributed
-from .test_runs import numbers, tokens, write_arithmetic_model
+from . import runs
+from .command_line import ARITHMETIC, ROOT, write_problems
+from .harness import run_distributed
+from .runs import tokens
+from .test_runs import numbers, write_arithmetic_model
 
 KEY = "a key of the tests"
 LENGTH = 240  # max_model_len
@@ -41,6 +44,12 @@ GREEDY = Sampling(16, temperature=0.0)
 SAMPLED = Sampling(16, temperature=2.0, top_p=0.95, top_k=50)
 LONG = Sampling(200, temperature=2.0)  # long enough to die in the middle of it
 SEEDS = [sample_seed(0, 1, i) for i in range(len(PROMPTS))]  # of 63 bits
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
 
 
 @dataclass(frozen=True)
@@ -280,7 +289,7 @@ def test_a_run_with_servers_equals_a_colocated_one(servers: list[Server], folder
     urls = json.dumps([server.url for server in servers])
     engines = {"colocated": {}, "server": {"rollout.engine": "server", "rollout.servers": urls}}
     for name, engine in engines.items():
-        opsd("train", common | engine | {"logging.run_dir": str(folder / "runs" / name)}, ranks=2)
+        runs.train(folder / "runs" / name, 2, common | engine)
     wanted, served = folder / "runs" / "colocated", folder / "runs" / "server"
     assert [tokens(served, step) for step in (1, 2)] == [tokens(wanted, step) for step in (1, 2)]
     for line, other in zip(numbers(served), numbers(wanted), strict=True):

@@ -1,4 +1,7 @@
-"""The arithmetic example as a user runs it: real Megatron-Core at TP2, real vLLM, 40 steps, and what they leave."""
+"""The arithmetic example as a user runs it: torchrun, real Megatron-Core at TP2, real vLLM, and what they leave.
+
+Ten steps of its forty: most of the gain comes early.
+"""
 
 from pathlib import Path
 
@@ -20,12 +23,14 @@ from megatron_opsd.preflight import max_model_len
 from megatron_opsd.prompts import build_prompts
 from megatron_opsd.rollout import build_engine
 from megatron_opsd.rollout.engine import Sampling
+from megatron_opsd.run_dir import read_jsonl
 from megatron_opsd.teacher import Teacher
 
-from .command_line import ARITHMETIC, opsd, python, read_jsonl, write_problems
+from .command_line import ARITHMETIC, Torchrun, arguments, python, write_problems
 from .harness import run_distributed
+from .runs import opsd
 
-STEPS = 40
+STEPS = 10
 
 # The keys that the design promises for every step.
 METRICS = {
@@ -53,13 +58,15 @@ METRICS = {
 def overrides(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The example's configuration with every file in a folder of this test."""
     folder = tmp_path_factory.mktemp("arithmetic")
-    return write_problems(folder / "data") | {"logging.run_dir": str(folder / "opsd")}
+    few = {"train.steps": str(STEPS), "checkpoint.save_interval": "5"}
+    return write_problems(folder / "data") | few | {"logging.run_dir": str(folder / "opsd")}
 
 
 @pytest.fixture(scope="module")
 def run_dir(overrides: dict[str, str]) -> Path:
     """The run directory of one training run."""
-    opsd("train", overrides, ranks=2, timeout=400)
+    with Torchrun(2, "-m", "megatron_opsd", *arguments("train", overrides)) as run:
+        assert run.finish(timeout=400) == [0], run.output()
     return Path(overrides["logging.run_dir"])
 
 
@@ -86,9 +93,9 @@ def test_vllm_and_megatron_agree_on_every_rollout(run_dir: Path) -> None:
 
 def test_run_directory_is_complete(run_dir: Path) -> None:
     files = {str(path.relative_to(run_dir)) for path in run_dir.rglob("*")}
-    expected = {"config.toml", "metrics.jsonl", "evaluations.jsonl", "tensorboard"}
+    expected = {"config.toml", "metrics.jsonl", "evaluations.jsonl", "events.jsonl", "tensorboard"}
     expected |= {"logs/train_rank_0000.log", "logs/train_rank_0001.log", f"rollouts/evaluation_{STEPS:06d}.jsonl"}
-    expected |= {"checkpoints/step_000020", f"checkpoints/step_{STEPS:06d}"}
+    expected |= {"checkpoints/step_000005", f"checkpoints/step_{STEPS:06d}"}
     expected |= {f"hf/{name}" for name in ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja")}
     assert expected <= files
     assert load_config(str(run_dir / "config.toml"), {}).train.steps == STEPS
@@ -138,7 +145,8 @@ def test_transformers_vllm_and_megatron_read_the_exported_model_alike(run_dir: P
 def test_evaluate_reads_any_directory(run_dir: Path, overrides: dict[str, str], tmp_path: Path) -> None:
     """`opsd evaluate` finds in the exported model what the run found in its student."""
     settings = overrides | {"model.path": str(run_dir / "hf"), "evaluate.limit": "100", "evaluate.samples": "2"}
-    printed = opsd("evaluate", settings, out=tmp_path / "responses.jsonl")
+    command = [*arguments("evaluate", settings), "--out", str(tmp_path / "responses.jsonl")]
+    printed = run_distributed(opsd, 1, command)
     records = read_jsonl(tmp_path / "responses.jsonl")
     trained = read_jsonl(run_dir / "rollouts" / f"evaluation_{STEPS:06d}.jsonl")
     assert [record["response"] for record in records[:100]] == [record["response"] for record in trained[:100]]

@@ -18,7 +18,7 @@ from megatron_opsd.rollout.engine import Sampling
 from megatron_opsd.rollout.refit import RefitError, refit
 from megatron_opsd.trainer import Trainer
 
-from .command_line import ARITHMETIC, run, write_problems
+from .command_line import ARITHMETIC, Torchrun, write_problems
 from .harness import run_distributed
 
 VICTIM = "model.layers.1.mlp.up_proj.weight"
@@ -56,6 +56,7 @@ def arithmetic(run_dir: str) -> Config:
             "train.micro_batch_size": "2",
             "data.max_problem_tokens": "160",  # room for a prompt longer than a block of the prefix cache
             "rollout.max_response_tokens": "16",
+            "rollout.kv_cache_gib": "0.1",
         },
     )
 
@@ -118,14 +119,14 @@ def test_damage_is_found_and_named(run_dir: str) -> None:
 def test_one_ranks_failure_ends_all_within_seconds(run_dir: str) -> None:
     """Rank 0 waits in a collective that rank 1 never joins."""
     script = f"from tests.distributed.test_refit import fail_on_rank_1; fail_on_rank_1({run_dir!r})"
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
-    done = run([sys.executable, *launcher, sys.executable, "-c", script], timeout=240)
-    ended = time.time()
-    assert done.returncode != 0
-    raised = re.search(r"raising at ([\d.]+)", done.stdout)
-    assert raised, done.stdout + done.stderr
+    with Torchrun(2, "--no-python", sys.executable, "-c", script) as run:
+        statuses, ended = run.finish(timeout=240), time.time()
+        output = run.output()
+    assert statuses != [0]
+    raised = re.search(r"raising at ([\d.]+)", output)
+    assert raised, output
     assert ended - float(raised[1]) < 15
-    assert "OSError: the disk of rank 1 is gone" in done.stderr
+    assert "OSError: the disk of rank 1 is gone" in output
 
 
 def fail_on_rank_1(run_dir: str) -> None:

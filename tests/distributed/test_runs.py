@@ -1,4 +1,4 @@
-"""Whole runs under torchrun: the same rollouts in every layout, and a resumed run that equals the unbroken one."""
+"""Whole runs with the real vLLM: the same rollouts in every layout; a resumed run that equals the unbroken one."""
 
 import shutil
 from pathlib import Path
@@ -6,7 +6,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from .command_line import ARITHMETIC, ROOT, opsd, python, read_jsonl, write_problems
+from megatron_opsd.run_dir import repeatable_metrics
+
+from . import runs
+from .command_line import ARITHMETIC, ROOT, python, write_problems
+from .runs import assert_equal_runs, tokens
 from .tiny import write_model
 
 QUICK = {
@@ -16,31 +20,25 @@ QUICK = {
     "rollout.samples_per_prompt": "2",
     "logging.rollouts_interval": "1",
     "logging.tensorboard": "false",
+    "rollout.kv_cache_gib": "0.1",
 }
 UNSAVED = {"checkpoint.export_hf": "false", "checkpoint.save_interval": "0"}
 TP, PP = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
 EP = "parallel.expert_model_parallel_size"
 VLLM_TP = "rollout.tensor_model_parallel_size"
 
-UNREPEATABLE = ("seconds_", "memory_", "tokens_per_second", "padding_share")
-
 
 def numbers(run_dir: Path) -> list[dict]:
-    """metrics.jsonl without what two runs, or two layouts, need not share."""
+    """metrics.jsonl without what two layouts need not share."""
     return [
-        {name: value for name, value in line.items() if not name.startswith(UNREPEATABLE)}
-        for line in read_jsonl(run_dir / "metrics.jsonl")
+        {name: value for name, value in line.items() if name != "padding_share"} for line in repeatable_metrics(run_dir)
     ]
-
-
-def tokens(run_dir: Path, step: int) -> list[list[int]]:
-    return [record["token_ids"] for record in read_jsonl(run_dir / "rollouts" / f"step_{step:06d}.jsonl")]
 
 
 def train(run_dir: Path, ranks: int, **overrides: str) -> None:
     data = run_dir.parent / "data"
     files = {"data.path": str(data / "train.jsonl"), "evaluate.data.path": str(data / "test.jsonl")}
-    opsd("train", QUICK | files | {"logging.run_dir": str(run_dir)} | overrides, ranks=ranks)
+    runs.train(run_dir, ranks, QUICK | files | overrides)
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +56,8 @@ def test_resumed_run_equals_the_unbroken_one_bit_for_bit(unbroken: Path) -> None
     shutil.rmtree(run_dir / "checkpoints" / "step_000004")
     (run_dir / "checkpoints" / "step_000003").mkdir()  # no progress.json: not complete, so not taken
     train(run_dir, 2, **{"checkpoint.resume": "auto", "train.steps": "4", "checkpoint.save_interval": "2"})
-    assert numbers(run_dir) == numbers(unbroken)
-    assert [line["step"] for line in numbers(run_dir)] == [1, 2, 3, 4]
+    assert_equal_runs(run_dir, unbroken)
     assert tokens(run_dir, 4) == tokens(unbroken, 4)
-    weights, wanted = (load_file(path / "hf" / "model.safetensors") for path in (run_dir, unbroken))
-    assert all((weights[name] == wanted[name]).all() for name in wanted)
 
 
 def test_a_checkpoint_converts_to_what_the_run_exports(unbroken: Path) -> None:

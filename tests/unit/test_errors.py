@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from megatron_opsd.cli import main
+from tests.distributed.harness import Ranks
+from tests.distributed.runs import opsd
 
 ROOT = Path(__file__).parents[2]
 ARITHMETIC = ROOT / "examples" / "arithmetic"
@@ -103,20 +105,13 @@ def test_layouts_of_experts(
     test_check_says_it_in_one_line(config, ["--model.path", str(model), *overrides], expected, capsys)
 
 
-def run(arguments: list[str], **environment: str) -> str:
-    """``opsd train`` as a process of its own; returns the one line it must end with."""
-    done = subprocess.run(
-        [sys.executable, "-m", "megatron_opsd", "train", *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 2, done.stderr
-    assert "Loading" not in done.stderr
-    lines = [line for line in done.stderr.splitlines() if line]
-    assert len(lines) == 1, done.stderr
+def mistake(arguments: list[str]) -> str:
+    """The one line that ``opsd train`` on one rank says behind its greeting."""
+    with Ranks(opsd, 1, ["train", *arguments]) as ranks:
+        statuses, output = ranks.finish(timeout=120), ranks.output()
+    assert statuses == [2], output
+    lines = [line for line in output.splitlines() if line and not line.startswith("loading ")]
+    assert len(lines) == 1, output
     return lines[0]
 
 
@@ -128,13 +123,22 @@ def test_port_in_use(config: list[str]) -> None:
         sock.bind(("127.0.0.1", 0))
         sock.listen()
         port = str(sock.getsockname()[1])
-        line = run([*config, *ONE_RANK], MASTER_PORT=port)
+        done = subprocess.run(
+            [sys.executable, "-m", "megatron_opsd", "train", *config, *ONE_RANK],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "MASTER_PORT": port},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
     assert line == f"opsd: MASTER_PORT={port}: the port is in use on 127.0.0.1; set MASTER_PORT to a free one"
 
 
 def test_row_without_a_problem(config: list[str]) -> None:
     bad = str(Path(config[4]).with_name("empty_problem.jsonl"))
-    line = run([*config, *ONE_RANK, "--data.path", bad], MASTER_PORT="0")
+    line = mistake([*config, *ONE_RANK, "--data.path", bad])
     assert f"{bad}:2: no text in column 'problem'" in line
 
 
@@ -162,7 +166,7 @@ def test_truncated_weights(config: list[str], tmp_path: Path) -> None:
     shutil.copytree(ARITHMETIC / "base", broken)
     weights = (broken / "model.safetensors").read_bytes()
     (broken / "model.safetensors").write_bytes(weights[: len(weights) // 2])
-    line = run([*config, *ONE_RANK, "--model.path", str(broken)], MASTER_PORT="0")
+    line = mistake([*config, *ONE_RANK, "--model.path", str(broken)])
     assert "model.safetensors: not a readable safetensors file" in line
 
 
@@ -183,7 +187,7 @@ def test_a_run_directory_with_checkpoints(config: list[str], tmp_path: Path) -> 
         path.mkdir(parents=True)
         (path / "progress.json").write_text(json.dumps({"step": step, "sampler": {}, "teacher": ""}))
     arguments = [*config, *ONE_RANK, "--logging.run_dir", str(tmp_path)]
-    assert "--checkpoint.resume auto" in run(arguments, MASTER_PORT="0")
-    back = run([*arguments, "--checkpoint.resume", str(tmp_path / "checkpoints" / "step_000010")], MASTER_PORT="0")
+    assert "--checkpoint.resume auto" in mistake(arguments)
+    back = mistake([*arguments, "--checkpoint.resume", str(tmp_path / "checkpoints" / "step_000010")])
     assert "newer" in back
     assert "--logging.run_dir" in back

@@ -16,7 +16,7 @@ PACKAGE = Path(megatron_opsd.__file__).parent
 
 # A module imports only what stands before it, above or to the left. Sub-packages count as one module.
 LAYERS = [
-    ["errors", "types"],
+    ["errors", "types", "events"],
     ["config"],
     ["grading", "data", "prompts", "batch", "objective", "conversion", "cpu"],
     ["parallel"],

@@ -1,0 +1,124 @@
+"""Training runs of the arithmetic example, to be watched, signalled and killed, and what their run directories hold."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from safetensors.torch import load_file
+
+from megatron_opsd import cli, trainer
+from megatron_opsd.run_dir import read_jsonl, read_outcome, repeatable_metrics
+
+from .command_line import Torchrun, arguments
+from .engine import TransformersEngine
+from .harness import Ranks, run_distributed
+
+# "transformers": forked ranks with the tests' own engine. "vllm": the real one, under torchrun.
+Way = Literal["transformers", "vllm"]
+
+
+def opsd(command_line: list[str], own_engine: bool = False) -> None:
+    """The command line on one rank."""
+    if own_engine:
+        trainer.build_engine = TransformersEngine  # type: ignore[assignment]
+    cli.main(command_line)
+
+
+def train(run_dir: Path, ranks: int, overrides: dict[str, str], timeout: float = 300) -> str:
+    """A whole run on forked ranks with the real vLLM; returns what it printed."""
+    return run_distributed(
+        opsd, ranks, arguments("train", overrides | {"logging.run_dir": str(run_dir)}), timeout=timeout
+    )
+
+
+class Run:
+    """``opsd train`` on two ranks, in the background."""
+
+    def __init__(
+        self, run_dir: Path, overrides: dict[str, str], way: Way = "transformers", limit_file_bytes: int | None = None
+    ) -> None:
+        self.run_dir = run_dir
+        command = arguments("train", overrides | {"logging.run_dir": str(run_dir)})
+        self._earlier = len(self.events())
+        if way == "vllm":
+            self._ranks = Torchrun(2, "-m", "megatron_opsd", *command, limit_file_bytes=limit_file_bytes)
+        else:
+            self._ranks = Ranks(opsd, 2, command, True, limit_file_bytes=limit_file_bytes)
+
+    def signal(self, number: int, rank: int | None = None) -> None:
+        """To one rank, or to all."""
+        pids = self._ranks.pids()
+        for pid in pids if rank is None else [pids[rank]]:
+            os.kill(pid, number)
+
+    def wait_until(self, condition: Callable[[], bool], timeout: float = 180) -> None:
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert not self._ranks.failed(), self.finish()[1]
+            assert time.monotonic() < deadline, f"{self.run_dir} is not where it should be after {timeout} s"
+            time.sleep(0.02)
+
+    def events(self, name: str = "") -> list[dict[str, Any]]:
+        """All events of the run directory, of earlier starts too, or those of one name."""
+        events = read_jsonl(self.run_dir / "events.jsonl")
+        return [event for event in events if not name or event["event"] == name]
+
+    def phases(self) -> list[str]:
+        """The phases that this start has entered so far."""
+        new = self.events()[self._earlier :]
+        return [event["phase"] for event in new if event["event"] == "phase"]
+
+    def steps(self) -> int:
+        """How many steps have been recorded."""
+        return len(read_jsonl(self.run_dir / "metrics.jsonl"))
+
+    def finish(self, timeout: float = 180) -> tuple[list[int], str]:
+        """Exit statuses of the ranks (under torchrun: its own), and all output."""
+        return self._ranks.finish(timeout), self._ranks.output()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ranks.__exit__()
+
+
+def complete(run_dir: Path, overrides: dict[str, str], way: Way = "transformers") -> Run:
+    """Run it to its end. Returns the run, of which nothing is left but its directory."""
+    with Run(run_dir, overrides, way) as run:
+        statuses, output = run.finish()
+        assert not any(statuses), output
+    assert outcome(run_dir) == "finished"
+    return run
+
+
+def began_after(run: Run) -> int:
+    """The step after which its last start went on."""
+    return run.events("start")[-1]["step"]
+
+
+def outcome(run_dir: Path) -> str:
+    """The first word of how the run ended; empty where it crashed."""
+    return read_outcome(run_dir)[0]
+
+
+def tokens(run_dir: Path, step: int) -> list[list[int]]:
+    """The responses of one step."""
+    return [record["token_ids"] for record in read_jsonl(run_dir / "rollouts" / f"step_{step:06d}.jsonl")]
+
+
+def assert_same_weights(run_dir: Path, wanted: Path) -> None:
+    """Of two exported models, bit for bit."""
+    weights, others = (load_file(path / "hf" / "model.safetensors") for path in (run_dir, wanted))
+    assert weights.keys() == others.keys()
+    assert all((weights[name] == others[name]).all() for name in others)
+
+
+def assert_equal_runs(run_dir: Path, wanted: Path) -> None:
+    """The same metrics, each step once, and the same final weights bit for bit."""
+    metrics = repeatable_metrics(run_dir)
+    assert [line["step"] for line in metrics] == list(range(1, len(metrics) + 1))
+    assert metrics == repeatable_metrics(wanted)
+    assert_same_weights(run_dir, wanted)
