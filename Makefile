@@ -7,12 +7,14 @@ TORCH_INSTALL_FLAGS ?=
 
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PYTEST := $(BIN)/python -m pytest
+UNIT_TESTS := $(PYTEST) tests/unit --numprocesses 2 --dist worksteal
 ARITHMETIC := examples/arithmetic
 
 # Two training processes on two cores: more threads in each only get in each other's way.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test test-kills test-slurm bench lint type
+.PHONY: setup demo test test-all test-kills test-slurm bench lint type
 
 setup: .venv/installed
 
@@ -30,15 +32,23 @@ setup: .venv/installed
 demo: setup
 	rm -rf runs/arithmetic/opsd
 	$(BIN)/python $(ARITHMETIC)/problems.py --out runs/arithmetic/data
-	$(BIN)/torchrun --standalone --nproc-per-node 2 -m megatron_opsd train $(ARITHMETIC)/opsd.toml
+	$(BIN)/torchrun --standalone --local-addr=127.0.0.1 --nproc-per-node 2 -m megatron_opsd train $(ARITHMETIC)/opsd.toml
 	$(BIN)/python $(ARITHMETIC)/report.py runs/arithmetic/opsd
 
+# What protects the numbers, and each failure once: some ten minutes on two cores.
 test: setup
-	$(BIN)/python -m pytest
+	$(UNIT_TESTS)
+	$(PYTEST) tests/distributed tests/gpu
+
+# Everything: before a release, and after changes that CONTRIBUTING.md names. More than an hour, as root for SLURM.
+test-all: setup
+	$(UNIT_TESTS)
+	$(PYTEST) tests/distributed tests/gpu -m 'thorough or not thorough'
+	$(MAKE) --no-print-directory test-kills test-slurm
 
 # kill -9 of a random rank at 20 seeded moments, into benchmarks/results/kills.md: half an hour.
 test-kills: setup
-	KILLS=20 $(BIN)/python -m pytest tests/distributed/test_kills.py
+	KILLS=20 $(PYTEST) -m thorough tests/distributed/test_kills.py
 
 # A SLURM cluster of four virtual nodes on this machine, and a run that loses ranks and nodes: a quarter of an hour.
 # As root. Installs Debian's packages where SLURM is missing; the SLURM of the machine itself, if any, is left alone.
@@ -46,7 +56,7 @@ test-slurm: setup
 	@[ "$$(id -u)" = 0 ] || { echo 'make test-slurm: needs root, for SLURM daemons and namespaces of its own' >&2; exit 1; }
 	@for program in slurmctld slurmd munged sbatch; do PATH=$$PATH:/usr/sbin command -v $$program >/dev/null || exec sh -c \
 	    'apt-get update -q && apt-get install -qy --no-install-recommends slurmctld slurmd slurm-client munge'; done
-	$(BIN)/python -m pytest tests/slurm -v
+	$(PYTEST) tests/slurm -v
 
 # Time and memory of the objective beside TRL's, on a GPU if there is one: some minutes, into benchmarks/results/.
 bench: setup

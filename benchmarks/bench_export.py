@@ -1,4 +1,6 @@
-"""What buckets are worth: `torchrun --standalone --nproc-per-node 4 benchmarks/bench_export.py`, a minute on a CPU.
+"""What buckets are worth, a minute on a CPU:
+
+    torchrun --standalone --local-addr=127.0.0.1 --nproc-per-node 4 benchmarks/bench_export.py
 
 Streams a model of many small tensors (TP2 PP2, 48 layers, hidden size 64) out under its Hugging Face names as every
 refit does: in buckets, and tensor by tensor (a bucket for each), turn by turn in one run. Prints a Markdown table.

@@ -1,11 +1,12 @@
 """Time and memory of the objective beside what others publish: `make bench`, on a GPU if there is one.
 
 Every candidate gets the same tensors in the same process, turn by turn, and computes the loss and its gradients.
-Before anything is timed, each gradient is compared with float64's. Time is process time on a CPU, with one thread, and
-wall time between synchronisations on a GPU. Memory is the peak less what was there before: on a CPU the resident set's
-high-water mark of a forked child that runs the candidate once, on a GPU the allocator's.
+Before anything is timed, each gradient is compared with that of the textbook formula in float64. Time is process time
+on a CPU, with one thread, and wall time between synchronisations on a GPU. Memory is the peak less what was there
+before: on a CPU that of a forked child that runs the candidate once, on a GPU the allocator's.
 
-Writes benchmarks/results/objective-{cpu,cuda}.{md,json}.
+Peers that are not installed are left out. A candidate that runs out of memory has a row that says so. Writes
+benchmarks/results/objective-{cpu,cuda}.{md,json}, anew after every table.
 """
 
 import argparse
@@ -29,10 +30,8 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import torch
 import torch.distributed as dist
-from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from trl.experimental.gkd import GKDTrainer
 
 from megatron_opsd.objective import Divergence, linear_divergence, vocab_parallel_divergence
 
@@ -78,19 +77,33 @@ class Candidate:
 
 @dataclass
 class Row:
-    """One line of a table."""
+    """One line of a table. Without seconds the candidate ran out of memory."""
 
     candidate: str
-    seconds: list[float]  # quartiles: 25 %, median, 75 %
-    peak_mib: float
-    gradient_error: list[float] | None  # L2, relative to float64, per gradient
+    seconds: list[float] | None = None  # quartiles: 25 %, median, 75 %
+    peak_mib: float = 0.0
+    gradient_error: list[float] | None = None  # L2, relative to float64, per gradient
 
 
 # --- candidates -------------------------------------------------------------------------------------------------------
 
 
+def textbook(student: Tensor, teacher: Tensor, spec: Divergence) -> Tensor:
+    """The divergence as it is written down, of all tokens; exact in float64."""
+    log_p, log_q = student.log_softmax(-1), teacher.log_softmax(-1)
+    p, q = log_p.exp(), log_q.exp()
+    if spec.kind == "forward_kl":
+        entries = q * (log_q - log_p)
+    else:
+        log_m = (spec.beta * q + (1 - spec.beta) * p).log()
+        entries = spec.beta * q * (log_q - log_m) + (1 - spec.beta) * p * (log_p - log_m)
+    return (entries if spec.clip is None else entries.clamp(max=spec.clip)).sum()
+
+
 def trl_loss(student: Tensor, teacher: Tensor, spec: Divergence) -> Tensor:
     """TRL's function as published; the clamp, which it does not have, on its entries."""
+    from trl.experimental.gkd import GKDTrainer
+
     beta = 0.0 if spec.kind == "forward_kl" else spec.beta
     reduction = "sum" if spec.clip is None else "none"
     entries = GKDTrainer.generalized_jsd_loss(student, teacher, beta=beta, reduction=reduction)
@@ -111,17 +124,27 @@ def from_logits(spec: Divergence, vocab: int) -> dict[str, Candidate]:
         return torch.autograd.grad(trl_loss(student.float(), teacher.float(), spec), student)
 
     def cross_entropy(student: Tensor, teacher: Tensor) -> tuple[Tensor, ...]:
+        from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
+
         labels = torch.zeros(len(teacher), 1, dtype=torch.long, device=teacher.device)
         loss = fused_vocab_parallel_cross_entropy(student[:, None], labels, dist.group.WORLD)  # [s, b, v]
         return torch.autograd.grad(loss.sum(), student)
 
-    return {
+    candidates = {
         "TRL": Candidate(trl),
         "ours": Candidate(ours),
         "ours, in place": Candidate(partial(ours, inplace=True), inplace=True),
         "TRL, logits widened to float32": Candidate(trl_widened),
         "Megatron's cross-entropy, for scale": Candidate(cross_entropy, exact=False, inplace=True),
     }
+    return installed(candidates)
+
+
+def installed(candidates: dict[str, Candidate]) -> dict[str, Candidate]:
+    """Those whose package is here."""
+    modules = {"TRL": "trl", "Megatron": "megatron", "Liger": "liger_kernel"}
+    missing = tuple(peer for peer, module in modules.items() if util.find_spec(module) is None)
+    return {name: candidate for name, candidate in candidates.items() if not name.startswith(missing)}
 
 
 def from_hidden(spec: Divergence, vocab: int, chunk_size: int) -> dict[str, Candidate]:
@@ -140,25 +163,26 @@ def from_hidden(spec: Divergence, vocab: int, chunk_size: int) -> dict[str, Cand
             teacher = teacher_hidden @ teacher_head.t()
         return torch.autograd.grad(trl_loss(hidden @ head.t(), teacher, spec), (hidden, head))
 
-    return {
+    candidates = {
         "TRL on whole logits": Candidate(trl),
         "ours, head's gradient returned": Candidate(ours),
         "ours, head's gradient into main_grad": Candidate(ours_to_main_grad, main_grad=True),
-        **liger(spec),
     }
+    if torch.cuda.is_available() and util.find_spec("liger_kernel") and spec == SPECS["jsd"]:
+        candidates |= liger(spec)
+    return installed(candidates)
 
 
 def liger(spec: Divergence) -> dict[str, Candidate]:
     """Liger's two, which need a GPU and know no entry clip."""
-    if not torch.cuda.is_available() or util.find_spec("liger_kernel") is None or spec != SPECS["jsd"]:
-        return {}
     fused: Any = __import__("liger_kernel.transformers.fused_linear_jsd", fromlist=["_"]).LigerFusedLinearJSD
     chunked: Any = __import__("liger_kernel.chunked_loss", fromlist=["_"]).LigerFusedLinearJSDLoss
     fused_loss = fused(jsd_beta=spec.beta)
     chunked_loss = chunked(beta=spec.beta, weight_hard_loss=0.0, weight_soft_loss=1.0, compiled=True)
 
     def run_fused(*tensors: Tensor) -> tuple[Tensor, ...]:
-        loss = fused_loss(*tensors) * len(tensors[0])  # Liger's is the tokens' mean
+        shift_labels = torch.zeros(len(tensors[0]), dtype=torch.long, device=tensors[0].device)  # no token is ignored
+        loss = fused_loss(*tensors, shift_labels) * len(tensors[0])  # Liger's is the tokens' mean
         return torch.autograd.grad(loss, tensors[:2])
 
     def run_chunked(hidden: Tensor, head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor) -> tuple[Tensor, ...]:
@@ -200,23 +224,18 @@ def fresh(tensors: list[Tensor], candidate: Candidate) -> list[Any]:
     return inputs
 
 
-def gradient_errors(case: Case, tensors: list[Tensor], candidates: dict[str, Candidate]) -> dict[str, list[float]]:
-    """Relative L2 distance of each gradient from float64's, on the first tokens."""
-    few = [tensor[:CHECKED_ROWS] if i % 2 == 0 or len(tensors) == 2 else tensor for i, tensor in enumerate(tensors)]
-    exact = from_logits if case.source == "logits" else from_hidden
-    options = () if case.source == "logits" else (CHECKED_ROWS,)
-    spec = SPECS[case.objective]
-    name = "TRL" if case.source == "logits" else "TRL on whole logits"
-    truth_of = exact(spec, case.vocab, *options)[name]
-    truth = truth_of.run(*fresh([tensor.double() for tensor in few], truth_of))
-    errors = {}
-    for name, candidate in candidates.items():
-        if candidate.exact:
-            gradients = candidate.run(*fresh(few, candidate))
-            errors[name] = [
-                float((ours - exact).norm() / exact.norm()) for ours, exact in zip(gradients, truth, strict=True)
-            ]
-    return errors
+def exact_gradients(case: Case, few: list[Tensor]) -> tuple[Tensor, ...]:
+    """Float64 autograd's of the textbook formula."""
+    inputs = [tensor.double() for tensor in few]
+    trained = [tensor.requires_grad_() for tensor in (inputs[:1] if case.source == "logits" else inputs[:2])]
+    student, teacher = inputs if case.source == "logits" else (inputs[0] @ inputs[1].t(), inputs[2] @ inputs[3].t())
+    return torch.autograd.grad(textbook(student, teacher, SPECS[case.objective]), trained)
+
+
+def gradient_error(run: Run, inputs: list[Any], exact: tuple[Tensor, ...]) -> list[float]:
+    """Relative L2 distance of each gradient from float64's."""
+    gradients = run(*inputs)
+    return [float((ours - truth).norm() / truth.norm()) for ours, truth in zip(gradients, exact, strict=True)]
 
 
 def elapsed(run: Run, inputs: list[Any], device: str) -> float:
@@ -267,38 +286,52 @@ def measure(case: Case, repeats: int, chunk_size: int) -> list[Row]:
     tensors = make_tensors(case)
     spec = SPECS[case.objective]
     candidates = from_logits(spec, case.vocab) if case.source == "logits" else from_hidden(spec, case.vocab, chunk_size)
-    errors = gradient_errors(case, tensors, candidates)
-    for name, (first, *_) in errors.items():
-        if name.startswith("ours") and first > (1e-5 if case.dtype == "float32" else 1e-2):
-            raise SystemExit(f"{case.title}: {name} is {first:.1e} from float64")
-    peaks = {name: peak_mib(each.run, fresh(tensors, each), case.device) for name, each in candidates.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    few = [tensor[:CHECKED_ROWS] if i % 2 == 0 or len(tensors) == 2 else tensor for i, tensor in enumerate(tensors)]
+    exact = exact_gradients(case, few)
+    rows = {name: Row(name) for name in candidates}
+    for name, each in candidates.items():
+        try:
+            if each.exact:
+                rows[name].gradient_error = gradient_error(each.run, fresh(few, each), exact)
+            rows[name].peak_mib = peak_mib(each.run, fresh(tensors, each), case.device)
+        except torch.OutOfMemoryError:
+            continue
+        rows[name].seconds = []
+    limit = 1e-5 if case.dtype == "float32" else 1e-2
+    for name, row in rows.items():
+        if name.startswith("ours") and row.gradient_error and row.gradient_error[0] > limit:
+            raise SystemExit(f"{case.title}: {name} is {row.gradient_error[0]:.1e} from float64")
     for turn in range(repeats + 1):
         for name, each in candidates.items():
-            taken = elapsed(each.run, fresh(tensors, each), case.device)
-            if turn:  # the first warms up
-                seconds[name].append(taken)
-    return [
-        Row(name, statistics.quantiles(seconds[name], n=4, method="inclusive"), peaks[name], errors.get(name))
-        for name in candidates
-    ]
+            timed = rows[name].seconds
+            if timed is not None:
+                taken = elapsed(each.run, fresh(tensors, each), case.device)
+                timed += [taken] if turn else []  # the first warms up
+    for row in rows.values():
+        row.seconds = row.seconds and statistics.quantiles(row.seconds, n=4, method="inclusive")
+    return list(rows.values())
 
 
 # --- reporting --------------------------------------------------------------------------------------------------------
 
 
 def as_table(case: Case, rows: list[Row]) -> str:
-    """Markdown; times and memory also relative to TRL's on the same inputs."""
-    base = next(row for row in rows if row.candidate.startswith("TRL"))
+    """Markdown; times and memory also relative to the first row's on the same inputs: TRL's, where it is installed."""
+    base = rows[0]
+    first = base.candidate.split(",")[0].split(" on ")[0]
     lines = [
         f"### {case.title}\n",
-        "| | median s | quartiles | TRL's / this | peak MiB | TRL's / this | gradient error |",
+        f"| | median s | quartiles | {first} / this | peak MiB | {first} / this | gradient error |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
+        if row.seconds is None:
+            lines.append(f"| {row.candidate} | out of memory | | | | | |")
+            continue
         low, median, high = row.seconds
         error = ", ".join(f"{value:.0e}" for value in row.gradient_error) if row.gradient_error else ""
-        speed, memory = base.seconds[1] / median, base.peak_mib / max(row.peak_mib, 0.1)
+        speed = base.seconds[1] / median if base.seconds else float("nan")
+        memory = base.peak_mib / max(row.peak_mib, 0.1)
         lines.append(
             f"| {row.candidate} | {median:.4f} | {low:.4f} to {high:.4f} | {speed:.2f} | {row.peak_mib:.0f} "
             f"| {memory:.1f} | {error} |"
@@ -343,6 +376,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="run the tables whose title contains this; writes no files")
     parser.add_argument("--n", type=int, nargs="*", default=[1024, 4096, 8192, 16384], help="tokens (GPU)")
     parser.add_argument("--hidden", type=int, nargs="*", default=[1024, 2560, 5120], help="hidden sizes (GPU)")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no table after this time")
     parser.add_argument("--chunk-size", type=int, default=0, help="tokens at once from hidden states; 0: the default")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -352,25 +386,26 @@ def main() -> None:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     chunk_size = args.chunk_size or (256 if args.device == "cpu" else 2048)
     conditions = environment(args.device, args.repeats)
-    parts, data = [], []
-    for case in default_cases(args.device, args.n, args.hidden):
-        if args.only in case.title:
-            rows = measure(case, args.repeats, chunk_size)
-            parts.append(as_table(case, rows))
-            data.append({"case": asdict(case), "rows": [asdict(row) for row in rows]})
-            print(parts[-1], flush=True)
-            print(flush=True)
-    if args.only:
-        return
-    RESULTS.mkdir(exist_ok=True)
     about = (
         f"{conditions['date']}, {conditions['machine']}; "
         + ", ".join(f"{name} {version}" for name, version in conditions["versions"].items())
         + f"; {args.repeats} repeats, {chunk_size} tokens at once from hidden states."
     )
     target = RESULTS / f"objective-{args.device}.md"
-    target.write_text("\n\n".join(["# The objective: time and memory", about, *parts]) + "\n")
-    target.with_suffix(".json").write_text(json.dumps(conditions | {"tables": data}, indent=1) + "\n")
+    parts, data, start = ["# The objective: time and memory", about], [], time.monotonic()
+    cases = [case for case in default_cases(args.device, args.n, args.hidden) if args.only in case.title]
+    for i, case in enumerate(cases):
+        if time.monotonic() - start > 60 * args.minutes:
+            print(f"time is up: {i} of {len(cases)} tables done", flush=True)
+            return
+        rows = measure(case, args.repeats, chunk_size)
+        parts.append(as_table(case, rows))
+        data.append({"case": asdict(case), "rows": [asdict(row) for row in rows]})
+        print(parts[-1], end="\n\n", flush=True)
+        if not args.only:
+            RESULTS.mkdir(exist_ok=True)
+            target.write_text("\n\n".join(parts) + "\n")
+            target.with_suffix(".json").write_text(json.dumps(conditions | {"tables": data}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

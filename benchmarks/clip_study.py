@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_opsd.objective import Divergence, vocab_parallel_divergence
+from megatron_opsd.run_dir import read_jsonl
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -122,14 +123,21 @@ def train(done: list[Row], target: Path) -> None:
         if any((row["kind"], row["mode"], row["clip"]) == (kind, mode, clip) for row in done):
             continue
         run_dir = ROOT / f"runs/clips/{kind}-{mode}-{clip}"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--local-addr=127.0.0.1",
+            "--nproc-per-node",
+            "1",
+        ]
         command += ["-m", "megatron_opsd", "train", "examples/arithmetic/opsd.toml", "--logging.run_dir", str(run_dir)]
         command += ["--parallel.tensor_model_parallel_size", "1", "--objective.kind", kind, "--train.steps", str(STEPS)]
         command += ["--objective.clip_mode", mode, *(["--objective.clip", str(clip)] if clip else [])]
         command += ["--evaluate.interval", str(STEPS), "--checkpoint.save_interval", str(STEPS)]
         subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        evaluations = [json.loads(line) for line in (run_dir / "evaluations.jsonl").read_text().splitlines()]
-        steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        evaluations, steps = (read_jsonl(run_dir / f"{name}.jsonl") for name in ("evaluations", "metrics"))
         done.append(
             {
                 "kind": kind, "mode": mode, "clip": clip,

@@ -127,9 +127,12 @@ def _join(timeout: timedelta) -> None:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "29500")
         _check_port_is_free(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+    if not torch.cuda.is_available():
+        dist.init_process_group("gloo", timeout=timeout)
+        return
+    own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(own)
+    dist.init_process_group("nccl", timeout=timeout, device_id=own)  # else NCCL guesses, and barriers warn
 
 
 def any_rank(flag: bool) -> bool:

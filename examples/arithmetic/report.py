@@ -4,7 +4,6 @@ Prints a table of the runs, accuracy before and after, and draws `accuracy.png` 
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 from rich.console import Console
 from rich.table import Table
+
+from megatron_opsd.run_dir import read_jsonl
 
 COLUMNS = 3  # panels in a row of the figure
 
@@ -30,10 +31,7 @@ class Run(NamedTuple):
 
 def read_run(path: Path) -> Run:
     """Read metrics.jsonl and evaluations.jsonl of a run."""
-    steps, evaluations = (
-        [json.loads(line) for line in (path / file).read_text().splitlines()]
-        for file in ("metrics.jsonl", "evaluations.jsonl")
-    )
+    steps, evaluations = (read_jsonl(path / file) for file in ("metrics.jsonl", "evaluations.jsonl"))
     return Run(path.absolute().name, steps, evaluations)
 
 

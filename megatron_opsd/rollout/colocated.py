@@ -53,9 +53,9 @@ class ColocatedVLLM:
         seeds: Sequence[int],
         give_up: Callable[[], bool] = lambda: False,
     ) -> list[Rollout]:
+        assert self._version >= 0, "refit before the first token"
         from vllm import SamplingParams
 
-        assert self._version >= 0, "refit before the first token"
         own = slice(self._engine, None, self._engines)
         requests = self._llm.enqueue(
             [{"prompt_token_ids": prompt} for prompt in prompts[own]],

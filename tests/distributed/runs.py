@@ -34,18 +34,12 @@ def train(run_dir: Path, ranks: int, overrides: dict[str, str], timeout: float =
 
 
 class Run:
-    """``opsd train`` on two ranks, in the background."""
+    """A run in the background, and what its directory says of it."""
 
-    def __init__(
-        self, run_dir: Path, overrides: dict[str, str], way: Way = "transformers", limit_file_bytes: int | None = None
-    ) -> None:
+    def __init__(self, run_dir: Path, launch: Callable[[], Ranks | Torchrun]) -> None:
         self.run_dir = run_dir
-        command = arguments("train", overrides | {"logging.run_dir": str(run_dir)})
         self._earlier = len(self.events())
-        if way == "vllm":
-            self._ranks = Torchrun(2, "-m", "megatron_opsd", *command, limit_file_bytes=limit_file_bytes)
-        else:
-            self._ranks = Ranks(opsd, 2, command, True, limit_file_bytes=limit_file_bytes)
+        self._ranks = launch()
 
     def signal(self, number: int, rank: int | None = None) -> None:
         """To one rank, or to all."""
@@ -85,9 +79,21 @@ class Run:
         self._ranks.__exit__()
 
 
-def complete(run_dir: Path, overrides: dict[str, str], way: Way = "transformers") -> Run:
+def start(run_dir: Path, overrides: dict[str, str], way: Way, limit_file_bytes: int | None = None) -> Run:
+    """``opsd train`` on two ranks."""
+    command = arguments("train", overrides | {"logging.run_dir": str(run_dir)})
+
+    def launch() -> Ranks | Torchrun:
+        if way == "vllm":
+            return Torchrun(2, "-m", "megatron_opsd", *command, limit_file_bytes=limit_file_bytes)
+        return Ranks(opsd, 2, command, True, limit_file_bytes=limit_file_bytes)
+
+    return Run(run_dir, launch)
+
+
+def complete(run_dir: Path, overrides: dict[str, str], way: Way) -> Run:
     """Run it to its end. Returns the run, of which nothing is left but its directory."""
-    with Run(run_dir, overrides, way) as run:
+    with start(run_dir, overrides, way) as run:
         statuses, output = run.finish()
         assert not any(statuses), output
     assert outcome(run_dir) == "finished"

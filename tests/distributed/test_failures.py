@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from megatron_opsd.run_dir import read_jsonl, repeatable_metrics
 
 from .command_line import ARITHMETIC, write_problems
-from .runs import Run, Way, assert_equal_runs, began_after, complete, outcome
+from .runs import Run, Way, assert_equal_runs, began_after, complete, outcome, start
 
 STEPS = 5
 QUICK = {
@@ -49,7 +49,7 @@ class Unbroken:
     def run(self, run_dir: Path, limit_file_bytes: int | None = None, **overrides: str) -> Run:
         """Start a run like it; the names of settings have __ for the dot."""
         settings = self.settings | {name.replace("__", "."): value for name, value in overrides.items()}
-        return Run(run_dir, settings, self.way, limit_file_bytes)
+        return start(run_dir, settings, self.way, limit_file_bytes)
 
     def complete(self, run_dir: Path) -> Run:
         """Run to the end, and compare."""

@@ -14,7 +14,7 @@ import pytest
 
 from .command_line import write_problems
 from .harness import ROOT
-from .runs import Run, Way, assert_equal_runs, began_after, complete
+from .runs import Run, Way, assert_equal_runs, began_after, complete, start
 from .test_failures import QUICK
 
 PHASES = ("save", "rollout", "teacher", "student", "refit")
@@ -60,7 +60,7 @@ def test_a_run_goes_on_after_every_kill(
     for seed in seeds:
         draw = random.Random(seed)
         phase, rank, delay = PHASES[seed % len(PHASES)], draw.randrange(2), draw.uniform(0, 0.4)
-        with Run(run_dir, settings, way) as run:
+        with start(run_dir, settings, way) as run:
             # In one of the first steps of this start, most of them after its first checkpoint. The third and the sixth
             # time that it enters `save`, it writes.
             occurrence = draw.choice((3, 6)) if phase == "save" else draw.randint(2, 4)
@@ -82,6 +82,6 @@ def check_going_on(run: Run, kills: list[tuple[str, int]], report: list[str]) ->
     """Where ``run`` took up the run directory again after the last of ``kills``."""
     if kills:
         row, done = kills[-1]
-        start = began_after(run)
-        assert done - start <= int(QUICK["checkpoint.save_interval"])
-        report.append(f"{row} {start} | {max(0, done - start)} | yes |")
+        step = began_after(run)
+        assert done - step <= int(QUICK["checkpoint.save_interval"])
+        report.append(f"{row} {step} | {max(0, done - step)} | yes |")

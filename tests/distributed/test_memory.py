@@ -58,6 +58,10 @@ def test_what_lies_on_the_device() -> None:
     for phase in ["refit", *step, "evaluate", *step]:
         memory.enter(phase)
         assert there == PHASES["rollout" if phase == "evaluate" else phase], phase
+    for last in step:  # whatever phase a run ends in: vLLM can then wake
+        memory.enter(last)
+        memory.enter("end")
+        assert there <= {"weights", "KV cache"}, last
 
 
 def on_all_ranks(tensors: list[torch.Tensor]) -> int:

@@ -1,12 +1,11 @@
 """What leaves the GPU comes back as it was, its memory is free meanwhile, and vLLM wakes to the same answers."""
 
-import logging
 from pathlib import Path
 
 import pytest
 import torch
 
-from megatron_opsd import parallel
+from megatron_opsd import events, parallel
 from megatron_opsd.batch import Batch, split
 from megatron_opsd.config import Config, load_config
 from megatron_opsd.conversion.architecture import read_architecture
@@ -18,10 +17,11 @@ from megatron_opsd.model import build_model
 from megatron_opsd.optim import OptimizerStates, build_optimizer, build_schedule, optimizer_step
 from megatron_opsd.rollout.engine import Sampling
 from megatron_opsd.rollout.refit import refit
+from megatron_opsd.run_dir import read_jsonl
 from megatron_opsd.student import Student
 from megatron_opsd.teacher import Teacher
 from megatron_opsd.trainer import Trainer
-from tests.distributed.command_line import ARITHMETIC, write_problems
+from tests.distributed.command_line import ARITHMETIC, Torchrun, arguments, write_problems
 from tests.distributed.harness import run_distributed
 from tests.distributed.tiny import random_samples, write_model
 
@@ -132,41 +132,33 @@ def move_teacher(path: str) -> None:
         assert all(torch.equal(score, was) for score, was in zip(scores, parts.targets, strict=True))
 
 
-class Moves(logging.Handler):
-    """Names what megatron_opsd/memory.py says that it has moved."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.names.append(record.getMessage().split(":")[0])
-
-
 def free() -> int:
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info()[0]
 
 
+def settings(path: str, folder: str) -> dict[str, str]:
+    """A run that moves everything there is."""
+    return {
+        "model.path": path,
+        "model.dtype": "bfloat16",
+        "parallel.tensor_model_parallel_size": "1",
+        "data.path": str(Path(folder) / "data" / "train.jsonl"),
+        "logging.run_dir": str(Path(folder) / "run"),
+        "teacher.placement": "offload",
+        "optim.placement": "offload",
+        "rollout.gpu_memory_utilization": "0.2",
+        "rollout.enforce_eager": "true",
+        "train.global_batch_size": "8",
+        "train.micro_batch_size": "4",
+    }
+
+
 def sleep_and_wake(path: str, folder: str) -> None:
     from vllm.device_allocator.cumem import CuMemAllocator
 
-    config = load_config(
-        str(ARITHMETIC / "opsd.toml"),
-        {
-            "model.path": path,
-            "model.dtype": "bfloat16",
-            "parallel.tensor_model_parallel_size": "1",
-            "data.path": str(Path(folder) / "data" / "train.jsonl"),
-            "logging.run_dir": str(Path(folder) / "run"),
-            "teacher.placement": "offload",
-            "optim.placement": "offload",
-            "rollout.gpu_memory_utilization": "0.2",
-            "train.global_batch_size": "8",
-            "train.micro_batch_size": "4",
-        },
-    )
+    config = load_config(str(ARITHMETIC / "opsd.toml"), settings(path, folder))
     trainer = Trainer(config, parallel.initialize(config.parallel, seed=0), Interruption(signal_lead_seconds=60))
 
     def answers() -> list[list[int]]:
@@ -187,16 +179,15 @@ def sleep_and_wake(path: str, folder: str) -> None:
     assert asleep - free() >= 0.8 * used  # the weights were awake before
     assert answers() == wanted
 
-    moves = Moves()
-    logger = logging.getLogger("megatron_opsd.memory")
-    logger.addHandler(moves)
-    logger.setLevel(logging.INFO)
-    trainer.step()
-    trainer.step()
+    file = Path(folder) / "events.jsonl"
+    events.write_to(file, [])
+    peaks = [trainer.step().metrics["memory_peak_gib"] for _ in range(2)]
     begin = ["KV cache on", "vLLM off", "teacher on", "teacher off", "gradients on", "optimizer states on"]
-    assert moves.names == 2 * [*begin, "optimizer states off", "gradients off", "vLLM's weights on"]
-    trainer.watchdog.close()
-    trainer.engine.close()
+    moves = [event["what"] for event in read_jsonl(file) if event["event"] == "move"]
+    assert moves == 2 * [*begin, "optimizer states off", "gradients off", "vLLM's weights on"]
+    # vLLM awake, or training's states: together they would be more than the device gives vLLM.
+    assert 0.9 * used / 2**30 <= peaks[0] < 0.25 * torch.cuda.mem_get_info()[1] / 2**30
+    trainer.close()
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +210,21 @@ def test_gradients_are_freed_and_come_back(model: str) -> None:
 
 def test_the_teacher_scores_alike_after_its_return(model: str) -> None:
     run_distributed(move_teacher, 1, model)
+
+
+def test_a_run_ends_with_status_0(model: str, tmp_path: Path) -> None:
+    """vLLM's pools sleep when the last step ends; freed asleep, they end the process with a signal or an error line."""
+    overrides = write_problems(tmp_path / "data", rows=64) | settings(model, str(tmp_path))
+    overrides |= {"train.steps": "2", "evaluate.interval": "0", "checkpoint.save_interval": "0"}
+    with Torchrun(1, "-m", "megatron_opsd", *arguments("train", overrides)) as run:
+        assert run.finish(timeout=400) == [0], run.output()
+        assert "CUDA Error" not in run.output()
+    # Also where it is stopped, by a guard after its first step: with the status of a user's mistake.
+    overrides |= {"guards.min_response_length": "1000", "guards.patience": "1", "checkpoint.resume": "auto"}
+    with Torchrun(1, "-m", "megatron_opsd", *arguments("train", overrides)) as run:
+        run.finish(timeout=400)
+        assert "exitcode  : 2" in run.output()
+        assert "CUDA Error" not in run.output()
 
 
 def test_vllm_wakes_to_the_same_answers(model: str, tmp_path: Path) -> None:

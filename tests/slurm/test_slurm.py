@@ -4,7 +4,6 @@
 disturbance cost go to benchmarks/results/failures.md.
 """
 
-import json
 import os
 import random
 import signal
@@ -15,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+
+from megatron_opsd.run_dir import repeatable_metrics
+from tests.distributed.runs import assert_equal_runs
 
 from .cluster import Cluster, missing
 
@@ -26,7 +27,6 @@ STEPS = 16
 SETTINGS = ("--train.steps", str(STEPS), "--logging.tensorboard", "false", "--logging.rollouts_interval", "0")
 START = 300  # seconds the four ranks may take until their first step
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-UNREPEATABLE = ("seconds_", "memory_", "tokens_per_second")
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
 
 
@@ -66,9 +66,7 @@ class Run:
         return self.cluster.job(self.job)
 
     def metrics(self) -> list[dict]:
-        file = self.out / "metrics.jsonl"
-        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        return repeatable_metrics(self.out)
 
     def step(self) -> int:
         """The last step it has recorded."""
@@ -114,17 +112,6 @@ class Run:
         assert (self.out / "outcome").read_text().startswith("finished")
 
 
-def numbers(lines: list[dict]) -> list[dict]:
-    """Metrics without what two runs need not share."""
-    return [{name: x for name, x in line.items() if not name.startswith(UNREPEATABLE)} for line in lines]
-
-
-def assert_same_weights(run: Path, other: Path) -> None:
-    weights, wanted = (load_file(path / "hf" / "model.safetensors") for path in (run, other))
-    assert weights.keys() == wanted.keys()
-    assert all((weights[name] == wanted[name]).all() for name in wanted)
-
-
 @pytest.fixture(scope="module")
 def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Run:
     run = Run(cluster, tmp_path_factory.mktemp("undisturbed") / "run")
@@ -148,9 +135,7 @@ def test_torchrun_by_hand_does_the_same(undisturbed: Run, tmp_path: Path) -> Non
     finally:
         for node in nodes:
             node.terminate()
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert numbers(lines) == numbers(undisturbed.metrics())
-    assert_same_weights(tmp_path / "run", undisturbed.out)
+    assert_equal_runs(tmp_path / "run", undisturbed.out)
 
 
 @dataclass
@@ -220,8 +205,7 @@ def test_whatever_happens_the_weights_are_the_same(cluster: Cluster, undisturbed
         cluster.power_on_all()
     write_results(costs)
     run.assert_complete()
-    assert_same_weights(run.out, undisturbed.out)
-    assert numbers(run.metrics()) == numbers(undisturbed.metrics())
+    assert_equal_runs(run.out, undisturbed.out)
     for cost in costs[-2:]:  # a signal leaves time to save
         assert cost.checkpoint == cost.reached, cost
 
