@@ -32,12 +32,14 @@ class DeviceMemory:
     def __init__(self, engine: Engine, teacher: Teacher, student: Student, states: OptimizerStates) -> None:
         self._engine, self._teacher, self._student, self._states = engine, teacher, student, states
         self._offloads_gradients = states.offloads
-        self._peak = 0
+        self._phase = "refit"
+        self._peak = 0  # bytes
 
     def enter(self, phase: str) -> None:
         """Make room for ``phase`` and bring what it needs."""
         self._peak = max(self._peak, self._phase_peak())
         self._make_room(phase)
+        self._phase = phase
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
@@ -71,7 +73,7 @@ class DeviceMemory:
                 if self._offloads_gradients:
                     self._move("gradients off", self._student.ddp.offload_grad_buffers)
                 self._move("vLLM's weights on", self._engine.wake_up_weights)
-            case "end":
+            case "end" if self._phase in ("teacher", "student", "optimizer"):  # a step was given up half-way
                 self._move("teacher off", self._teacher.offload)
                 self._move("optimizer states off", self._states.offload)
                 if self._offloads_gradients:

@@ -1,7 +1,6 @@
 """One vLLM server as rank 0 of a run sees it: requests over HTTP, and a channel for the weights."""
 
 import asyncio
-import logging
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,14 +9,13 @@ from urllib.parse import urlsplit
 import aiohttp
 from torch import Tensor
 
+from megatron_opsd import events
 from megatron_opsd.errors import UserError
 from megatron_opsd.rollout.channel import Channel, make_channel
 from megatron_opsd.rollout.engine import Sampling
 from megatron_opsd.rollout.serve import KEY_VARIABLE
 from megatron_opsd.rollout.vllm_setup import sampling_arguments
 from megatron_opsd.types import Rollout
-
-log = logging.getLogger(__name__)
 
 PROBE_SECONDS = 30.0  # a server that does not say in this time that it is well is not: vLLM answers beside its work
 CONTROL_SECONDS = 300.0  # for one bucket of weights, or another step of a refit
@@ -129,7 +127,7 @@ class ServerClient:
             raise ServerError(f"cannot be reached ({error})") from None
         await self._both("/init_weight_transfer_engine", {"init_info": channel.init_info}, channel.open)
         if self.lost:
-            log.warning("the rollout server %s is back", self.url)
+            events.record("warning", text=f"the rollout server {self.url} is back")
             self.lost = ""
 
     async def _call_between_updates(self, path: str) -> None:

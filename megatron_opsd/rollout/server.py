@@ -6,7 +6,6 @@ response of a server that restarted in between is taken for good.
 """
 
 import asyncio
-import logging
 import resource
 import secrets
 from collections import deque
@@ -17,13 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_opsd import events
 from megatron_opsd.config import Config
 from megatron_opsd.errors import AbandonedError
 from megatron_opsd.rollout.client import ServerClient, ServerError, open_session
 from megatron_opsd.rollout.engine import NoServerLeftError, Sampling
 from megatron_opsd.types import Rollout
-
-log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
 WATCH = -1  # the index of what is no prompt
@@ -163,7 +161,7 @@ class ServedVLLM:
         if not server.lost:
             others = f"{len(self._living())} others go on"
             others += f", with its {unfinished} unfinished responses" if unfinished else ""
-            log.warning("lost the rollout server %s: it %s; %s", server.url, failure, others)
+            events.record("warning", text=f"lost the rollout server {server.url}: it {failure}; {others}")
         server.lost = str(failure)
 
     def _check_left(self) -> None:

@@ -2,8 +2,8 @@
 
 import contextlib
 import json
-import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from megatron_opsd import parallel
+from megatron_opsd import events, parallel
 from megatron_opsd.config import Config, load_config
 from megatron_opsd.conversion.architecture import read_architecture
 from megatron_opsd.conversion.hf_files import HFReader
@@ -29,6 +29,7 @@ from megatron_opsd.conversion.mapping import NameTable
 from megatron_opsd.errors import AbandonedError, UserError
 from megatron_opsd.rollout import build_engine
 from megatron_opsd.rollout.engine import Engine, NoServerLeftError, Sampling, sample_seed
+from megatron_opsd.run_dir import read_jsonl
 from megatron_opsd.types import Rollout
 
 from . import runs
@@ -297,31 +298,26 @@ def test_a_run_with_servers_equals_a_colocated_one(servers: list[Server], folder
     assert KEY not in (served / "config.toml").read_text()
 
 
-class Lines(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-
-
 def failures(first: Server, second: Server) -> None:
-    """On two ranks; rank 0 kills and starts the servers, and sees what is logged."""
+    """On two ranks; rank 0 kills and starts the servers, and is the one that warns."""
     config = configure([first.url, second.url])
     model, engine = config.model.path, start(config)
-    is_client, log = dist.get_rank() == 0, Lines()
-    logging.getLogger("megatron_opsd").addHandler(log)
+    is_client, file = dist.get_rank() == 0, first.folder / f"events_{dist.get_rank()}.jsonl"
+    events.write_to(file, [])
     prompts, seeds = PROMPTS[:8] * 8, [sample_seed(0, 3, i) for i in range(64)]
+    seen = 0
 
     def write() -> list[list[int]]:
         return token_ids(engine.generate(prompts, LONG, seeds))
 
-    def logged(count: int) -> list[str]:
-        """The warnings since the last call."""
-        lines, log.lines = log.lines, []
-        assert not is_client or len(lines) == count, lines
-        return lines or [""] * count
+    def warned(*patterns: str) -> None:
+        """Check the warnings since the last call: one for each pattern."""
+        nonlocal seen
+        new = read_jsonl(file)[seen:]
+        seen += len(new)
+        assert [event["event"] for event in new] == ["warning"] * (len(patterns) if is_client else 0), new
+        for event, pattern in zip(new, patterns, strict=is_client):
+            assert re.match(pattern, event["text"]), event
 
     def outside(action: Callable[[], None]) -> None:
         if is_client:
@@ -335,19 +331,17 @@ def failures(first: Server, second: Server) -> None:
 
     engine.update_weights(weights(model), version=1)
     wanted = write()
-    logged(0)
+    warned()
 
     # One comes back between refit and rollouts, unnoticed and with random weights.
     outside(restart)
     assert write() == wanted
-    (line,) = logged(1)
-    assert not is_client or (f"lost the rollout server {first.url}: it holds weights ['default']" in line), line
-    assert "as if it had restarted; 1 others go on, with its" in line or not is_client
+    holds = rf"lost the rollout server {first.url}: it holds weights \['default'\].* as if it had restarted; "
+    warned(holds + "1 others go on, with its")
 
     # It gets work again after the next refit,
     engine.update_weights(weights(model, scale=0.9), version=2)
-    (line,) = logged(1)
-    assert not is_client or line == f"the rollout server {first.url} is back"
+    warned(f"the rollout server {first.url} is back$")
     changed = write()
     assert changed != wanted
 
@@ -356,12 +350,10 @@ def failures(first: Server, second: Server) -> None:
         killer = threading.Timer(0.5, second.kill)
         killer.start()
     assert write() == changed
-    (line,) = logged(1)
-    assert not is_client or line.startswith(f"lost the rollout server {second.url}: it did not answer /inference"), line
-    assert "1 others go on, with its" in line or not is_client
+    warned(f"lost the rollout server {second.url}: it did not answer /inference.*1 others go on, with its")
     engine.update_weights(weights(model), version=3)
     assert write() == wanted
-    logged(0)  # one line, not one each step
+    warned()  # once, not at each step
 
     outside(first.kill)
     for act in (write, lambda: engine.update_weights(weights(model), version=4)):
@@ -369,7 +361,7 @@ def failures(first: Server, second: Server) -> None:
         with pytest.raises(NoServerLeftError, match=message) as raised:
             act()
         assert "\n" not in str(raised.value)
-    assert len(log.lines) <= 1
+    assert len(read_jsonl(file)) - seen <= 1
     engine.close()
 
 

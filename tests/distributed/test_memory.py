@@ -64,6 +64,28 @@ def test_what_lies_on_the_device() -> None:
         assert there <= {"weights", "KV cache"}, last
 
 
+def test_the_peak_leaves_out_what_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The allocator counts vLLM's pools also while they sleep, and hold no memory."""
+    counted, asleep = 0, 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: counted * 2**30)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(parallel, "device", lambda: None)
+    monkeypatch.setattr(DeviceMemory, "_make_room", lambda *_: None)
+    engine = SimpleNamespace(sleeping_bytes=lambda: asleep * 2**30)
+    memory: Any = DeviceMemory(engine, None, None, SimpleNamespace(offloads=True))  # type: ignore[arg-type]
+    memory.enter("rollout")
+    counted = 60  # vLLM's 50, awake, and 10
+    memory.enter("student")
+    counted, asleep = 70, 50
+    assert memory.peak_gib() == 60
+    counted = 120
+    assert memory.peak_gib() == 70
+    memory.enter("refit")
+    counted = 10
+    assert memory.peak_gib() == 70
+
+
 def on_all_ranks(tensors: list[torch.Tensor]) -> int:
     """Their elements together: the distributed optimizer has a part of them on each rank."""
     count = torch.tensor(sum(tensor.numel() for tensor in tensors))

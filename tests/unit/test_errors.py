@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_opsd import preflight
 from megatron_opsd.cli import main
 from tests.distributed.harness import Ranks
 from tests.distributed.runs import opsd
@@ -191,3 +192,25 @@ def test_a_run_directory_with_checkpoints(config: list[str], tmp_path: Path) -> 
     back = mistake([*arguments, "--checkpoint.resume", str(tmp_path / "checkpoints" / "step_000010")])
     assert "newer" in back
     assert "--logging.run_dir" in back
+
+
+@pytest.mark.parametrize("error", ["ImportError", "OSError", "RuntimeError"])
+def test_a_transformer_engine_that_cannot_be_loaded(
+    error: str, config: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where there is a GPU; without one it is not needed, and `opsd check` says nothing of it."""
+    package = tmp_path / "transformer_engine"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "pytorch.py").write_text(f"raise {error}('libcudart.so.13: cannot open\\nshared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "transformer_engine", None)  # put back as it was, with what follows
+    monkeypatch.delitem(sys.modules, "transformer_engine")
+    main(["check", *config])
+    monkeypatch.setattr(preflight, "_has_gpu", lambda: True)
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        main(["check", *config])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "transformer-engine is installed but cannot be loaded (libcudart.so.13: cannot open shared object" in line
+    assert "pip uninstall it" in line

@@ -1,5 +1,7 @@
 import pytest
+import torch
 
+from megatron_opsd import model
 from megatron_opsd.model import edge_stage_layers
 
 
@@ -20,3 +22,13 @@ def test_every_split_adds_up() -> None:
                 assert first >= last >= 1
                 assert between % max(1, stages - 2) == 0
                 assert between > 0 or stages == 2
+
+
+@pytest.mark.parametrize(("gpu", "loaded", "layers"), [(1, 1, "Transformer Engine"), (1, 0, "local"), (0, 1, "local")])
+def test_layers_are_those_that_megatron_can_load(
+    gpu: int, loaded: int, layers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An installed package is not enough: Megatron takes its own names for it from what it could import."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpu))
+    monkeypatch.setattr(model, "HAVE_TE", bool(loaded))
+    assert model.layers_in_use() == layers
