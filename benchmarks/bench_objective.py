@@ -18,8 +18,9 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from datetime import date
 from functools import partial
 from importlib import metadata, util
@@ -77,10 +78,10 @@ class Candidate:
 
 @dataclass
 class Row:
-    """One line of a table. Without seconds the candidate ran out of memory."""
+    """One line of a table. ``seconds`` is None where the candidate ran out of memory."""
 
     candidate: str
-    seconds: list[float] | None = None  # quartiles: 25 %, median, 75 %
+    seconds: list[float] | None = field(default_factory=list)  # quartiles: 25 %, median, 75 %
     peak_mib: float = 0.0
     gradient_error: list[float] | None = None  # L2, relative to float64, per gradient
 
@@ -275,10 +276,19 @@ def peak_mib(run: Run, inputs: list[Any], device: str) -> float:
     return result
 
 
-def resident(field: str) -> float:
-    """A field of /proc/self/status, in MiB."""
+def resident(name: str) -> float:
+    """A size from /proc/self/status, in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
+
+
+@contextmanager
+def out_of_memory_ends(row: Row) -> Iterator[None]:
+    """A candidate that does not fit is a result."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        row.seconds = None
 
 
 def measure(case: Case, repeats: int, chunk_size: int) -> list[Row]:
@@ -287,16 +297,16 @@ def measure(case: Case, repeats: int, chunk_size: int) -> list[Row]:
     spec = SPECS[case.objective]
     candidates = from_logits(spec, case.vocab) if case.source == "logits" else from_hidden(spec, case.vocab, chunk_size)
     few = [tensor[:CHECKED_ROWS] if i % 2 == 0 or len(tensors) == 2 else tensor for i, tensor in enumerate(tensors)]
-    exact = exact_gradients(case, few)
     rows = {name: Row(name) for name in candidates}
+    exact = exact_gradients(case, few)
     for name, each in candidates.items():
-        try:
+        with out_of_memory_ends(rows[name]):
             if each.exact:
                 rows[name].gradient_error = gradient_error(each.run, fresh(few, each), exact)
+    del exact  # gigabytes that the peers need
+    for name, each in candidates.items():
+        with out_of_memory_ends(rows[name]):
             rows[name].peak_mib = peak_mib(each.run, fresh(tensors, each), case.device)
-        except torch.OutOfMemoryError:
-            continue
-        rows[name].seconds = []
     limit = 1e-5 if case.dtype == "float32" else 1e-2
     for name, row in rows.items():
         if name.startswith("ours") and row.gradient_error and row.gradient_error[0] > limit:
@@ -305,8 +315,9 @@ def measure(case: Case, repeats: int, chunk_size: int) -> list[Row]:
         for name, each in candidates.items():
             timed = rows[name].seconds
             if timed is not None:
-                taken = elapsed(each.run, fresh(tensors, each), case.device)
-                timed += [taken] if turn else []  # the first warms up
+                with out_of_memory_ends(rows[name]):
+                    taken = elapsed(each.run, fresh(tensors, each), case.device)
+                    timed += [taken] if turn else []  # the first warms up
     for row in rows.values():
         row.seconds = row.seconds and statistics.quantiles(row.seconds, n=4, method="inclusive")
     return list(rows.values())
@@ -330,11 +341,11 @@ def as_table(case: Case, rows: list[Row]) -> str:
             continue
         low, median, high = row.seconds
         error = ", ".join(f"{value:.0e}" for value in row.gradient_error) if row.gradient_error else ""
-        speed = base.seconds[1] / median if base.seconds else float("nan")
-        memory = base.peak_mib / max(row.peak_mib, 0.1)
+        speed = f"{base.seconds[1] / median:.2f}" if base.seconds else ""
+        memory = f"{base.peak_mib / max(row.peak_mib, 0.1):.1f}" if base.seconds else ""
         lines.append(
-            f"| {row.candidate} | {median:.4f} | {low:.4f} to {high:.4f} | {speed:.2f} | {row.peak_mib:.0f} "
-            f"| {memory:.1f} | {error} |"
+            f"| {row.candidate} | {median:.4f} | {low:.4f} to {high:.4f} | {speed} | {row.peak_mib:.0f} "
+            f"| {memory} | {error} |"
         )
     return "\n".join(lines)
 
@@ -398,7 +409,11 @@ def main() -> None:
         if time.monotonic() - start > 60 * args.minutes:
             print(f"time is up: {i} of {len(cases)} tables done", flush=True)
             return
-        rows = measure(case, args.repeats, chunk_size)
+        try:
+            rows = measure(case, args.repeats, chunk_size)
+        except torch.OutOfMemoryError:  # its inputs, or their gradients in float64
+            print(f"{case.title}: does not fit, left out", end="\n\n", flush=True)
+            continue
         parts.append(as_table(case, rows))
         data.append({"case": asdict(case), "rows": [asdict(row) for row in rows]})
         print(parts[-1], end="\n\n", flush=True)

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_opsd.config import Config, add_overrides, fields, load_config
@@ -64,16 +64,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
 
 
+def flags(overrides: Mapping[str, str]) -> list[str]:
+    """Settings as arguments of the command line: ``--section.key value``."""
+    return [part for name, value in overrides.items() for part in (f"--{name}", value)]
+
+
 def _is_local_rank_0() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _preflight(config: Config, train: bool) -> None:
     """One process of each machine looks; the others find out when they wait for it in vain."""
-    if _is_local_rank_0():
-        from megatron_opsd.preflight import check
+    from megatron_opsd.preflight import check, check_transformer_engine
 
+    if _is_local_rank_0():
         check(config, int(os.environ.get("WORLD_SIZE", "1")), train)
+    elif train:
+        check_transformer_engine()  # Megatron is about to import it, with a traceback where it is broken
 
 
 def _train(config: Config, _: argparse.Namespace) -> None:

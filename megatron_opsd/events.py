@@ -7,8 +7,8 @@ start     the first step is about to begin: ``step`` (done so far), ``world_size
 phase     rank 0 has entered ``phase``, a field of ``[timeouts]``
 move      something moved on or off rank 0's device: ``what``, ``seconds``, ``free_gib`` [before, after]
 saved     a checkpoint is complete: ``step``, ``seconds``
-warning   the user was warned: ``text``
-end       the run has ended: ``outcome``, ``why``
+warning   something a person should know: ``text``
+end       the run has ended: ``outcome``, ``why``. A crash, or a mistake found before the start, leaves none
 ========  ============================================================================================
 """
 

@@ -44,7 +44,7 @@ def main(recipe: str, model: str = "", problems: str = "", settings: Mapping[str
         if problems:
             overrides["evaluate.data.path"] = str(Path(overrides["data.path"]).with_name("test.jsonl"))
         check_variables(overrides | command_line)
-        cli.main(["train", toml, *_flags(overrides), *sys.argv[1:]])
+        cli.main(["train", toml, *cli.flags(overrides), *sys.argv[1:]])
     except UserError as error:
         _leave(run_dir, error, f"{script.name}: {error}")
     except SystemExit as end:
@@ -103,10 +103,6 @@ def _settings(arguments: Sequence[str]) -> dict[str, str]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_overrides(parser)
     return vars(parser.parse_known_args(arguments)[0])
-
-
-def _flags(overrides: Mapping[str, str]) -> list[str]:
-    return [part for name, value in overrides.items() for part in (f"--{name}", value)]
 
 
 def _leave(run_dir: Path, error: BaseException | None, message: str = "") -> NoReturn:

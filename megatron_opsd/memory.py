@@ -6,7 +6,7 @@ teacher        the teacher (vLLM sleeps at level 2: nothing of it is left)
 student        the student's gradients
 optimizer      the student's gradients, the optimizer's states
 refit          vLLM: weights, and one bucket of the student's; the KV cache wakes when that is free again
-end            what always stays: vLLM's pools, which must be awake when they are freed, find room
+end            vLLM: weights and KV cache, for its memory must be awake when the process ends
 =============  ======================================================================================
 
 The student's weights and the teacher's LM head (``placement = "offload"``; otherwise all of the teacher, the gradients

@@ -55,8 +55,10 @@ def read_outcome(run_dir: Path) -> tuple[str, str]:
 
 def complete_lines(file: Path) -> list[str]:
     """The lines of a file without the half line that a killed run may have left; none where there is no file yet."""
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return [line for line in lines if line.endswith("\n")]
+    if not file.exists():
+        return []
+    with file.open() as lines:  # str.splitlines would also split at characters that JSON leaves in a text
+        return [line for line in lines if line.endswith("\n")]
 
 
 def read_jsonl(file: Path) -> list[dict[str, Any]]:

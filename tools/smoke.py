@@ -36,6 +36,7 @@ from smoke_checks import (
     expected_memory,
 )
 
+from megatron_opsd.cli import flags
 from megatron_opsd.run_dir import read_jsonl, read_outcome
 
 T = TypeVar("T")
@@ -76,10 +77,9 @@ def opsd_train(out: Path, name: str, ranks: int, overrides: Mapping[str, str]) -
         CommandFailedError: it ended before its last step was recorded.
     """
     run_dir = out / name
-    settings = {**overrides, "logging.run_dir": str(run_dir)}
-    flags = [part for setting, value in settings.items() for part in (f"--{setting}", value)]
+    command = ("-m", "megatron_opsd", "train", str(ARITHMETIC / "opsd.toml"))
     try:
-        torchrun(out / f"{name}.txt", ranks, "-m", "megatron_opsd", "train", str(ARITHMETIC / "opsd.toml"), *flags)
+        torchrun(out / f"{name}.txt", ranks, *command, *flags({**overrides, "logging.run_dir": str(run_dir)}))
     except CommandFailedError as error:
         if read_outcome(run_dir)[0] != "finished":
             raise

@@ -44,7 +44,7 @@ class ColocatedVLLM:
         self._can_sleep = torch.cuda.is_available()
         self._version = -1
         self._asleep: set[str] = set()
-        atexit.register(self._wake_up_all)  # also where the run ends with an error
+        atexit.register(self._wake_up_all)  # also where a guard or a user's mistake ends the run
 
     def generate(
         self,
@@ -121,10 +121,14 @@ class ColocatedVLLM:
 
     def close(self) -> None:
         self._wake_up_all()
+        atexit.unregister(self._wake_up_all)
         self._llm.llm_engine.engine_core.shutdown()
 
     def _wake_up_all(self) -> None:
-        """When the process ends, torch frees vLLM's pools, and crashes where they sleep: their memory is not mapped."""
+        """Map the memory of what sleeps: when the process ends torch frees vLLM's pools, and would crash.
+
+        Where training itself ran out of memory there is no room, and this fails too, after the first error.
+        """
         for tag in ("weights", "kv_cache"):
             self._wake_up(tag)
 

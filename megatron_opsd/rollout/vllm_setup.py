@@ -99,7 +99,7 @@ def repair_shared_memory() -> None:
     def join_and_unlink(self: Any) -> int:
         self.group_name = os.environ["MASTER_PORT"] + self.group_name.lstrip("/")
         handle = join(self)  # its last act is a barrier
-        Path(f"/dev/shm/{self.group_name}_{self.communicator.rank}").unlink()
+        Path(f"/dev/shm/{self.group_name}_{self.communicator.rank}").unlink(missing_ok=True)
         return handle
 
     _CPUSHMDistributed._init_cpu_shm = join_and_unlink
@@ -109,5 +109,8 @@ def sleeping_bytes() -> int:
     """Bytes of vLLM's memory pools that sleep in this process: torch's allocator knows nothing of that."""
     from vllm.device_allocator.cumem import CuMemAllocator
 
-    allocations = CuMemAllocator.get_instance().pointer_to_data.values()
-    return sum(allocation.handle[1] for allocation in allocations if allocation.is_asleep)
+    allocator = CuMemAllocator.get_instance()
+    asleep = {address for address, allocation in allocator.pointer_to_data.items() if allocation.is_asleep}
+    pools = [pool for entries in allocator.allocator_and_pools.values() for pool, _ in entries]
+    segments = (segment for pool in pools for segment in pool.snapshot())
+    return sum(segment["allocated_size"] for segment in segments if segment["address"] in asleep)

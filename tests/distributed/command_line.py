@@ -1,5 +1,6 @@
 """Runs commands as a user does, in processes of their own."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import Self
 
 import psutil
+
+from megatron_opsd import cli
 
 from .harness import ROOT
 
@@ -43,8 +46,7 @@ def write_problems(folder: Path, rows: int = 4096) -> dict[str, str]:
 
 def arguments(command: str, overrides: dict[str, str]) -> list[str]:
     """Of ``opsd COMMAND examples/arithmetic/opsd.toml``."""
-    flags = [part for name, value in overrides.items() for part in (f"--{name}", value)]
-    return [command, str(ARITHMETIC / "opsd.toml"), *flags]
+    return [command, str(ARITHMETIC / "opsd.toml"), *cli.flags(overrides)]
 
 
 class Torchrun:
@@ -55,6 +57,7 @@ class Torchrun:
         full = [sys.executable, "-m", "torch.distributed.run", *launcher, *command]
         if limit_file_bytes:
             full = ["bash", "-c", f'ulimit -f {limit_file_bytes // 1024}; exec "$@"', "bash", *full]
+        self._pids: dict[int, int] = {}
         self._output = tempfile.NamedTemporaryFile(mode="r", errors="replace")  # noqa: SIM115 - until `end`
         with Path(self._output.name).open("w") as output:
             self._process = subprocess.Popen(
@@ -62,20 +65,23 @@ class Torchrun:
             )
 
     def pids(self) -> list[int]:
-        """Process ids of the ranks that run, in their order."""
-        found = {}
+        """Process ids in the order of the ranks, also of those that have ended since they were first seen."""
         for child in psutil.Process(self._process.pid).children():
-            rank = child.environ().get("RANK")
-            if rank is not None:
-                found[int(rank)] = child.pid
-        return [found[rank] for rank in sorted(found)]
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                rank = child.environ().get("RANK")
+                if rank is not None:
+                    self._pids[int(rank)] = child.pid
+        return [self._pids[rank] for rank in sorted(self._pids)]
 
-    def failed(self) -> bool:
-        return bool(self._process.poll())
+    def ended(self) -> bool:
+        return self._process.poll() is not None
 
     def finish(self, timeout: float) -> list[int]:
         """Torchrun's exit status."""
-        return [self._process.wait(timeout)]
+        try:
+            return [self._process.wait(timeout)]
+        except subprocess.TimeoutExpired as late:
+            raise TimeoutError(f"{late}\n{self.output()}") from None
 
     def output(self) -> str:
         return Path(self._output.name).read_text(errors="replace")

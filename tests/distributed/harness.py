@@ -11,6 +11,7 @@ import resource
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from multiprocessing import connection
@@ -65,8 +66,11 @@ class Ranks:
         """Process ids, in the order of the ranks."""
         return [process.pid for process in self._processes]
 
-    def failed(self) -> bool:
-        """Whether a rank has ended with another status than 0."""
+    def ended(self) -> bool:
+        """Whether a rank has failed, or all have ended."""
+        return self._failed() or not any(process.is_alive() for process in self._processes)
+
+    def _failed(self) -> bool:
         return any(process.exitcode for process in self._processes)
 
     def finish(self, timeout: float) -> list[int]:
@@ -76,7 +80,7 @@ class Ranks:
         """
         deadline, told = time.monotonic() + timeout, False
         while running := [process for process in self._processes if process.is_alive()]:
-            if self.failed() and not told:
+            if self._failed() and not told:
                 for process in running:
                     process.terminate()
                 deadline, told = time.monotonic() + TERM_SECONDS, True
@@ -122,17 +126,29 @@ def run_distributed(worker: Callable[..., None], world_size: int, *args: object,
         return ranks.output()
 
 
+def _leave_with_the_tests() -> None:
+    """Where the tests are killed, the ranks end too."""
+    tests = multiprocessing.parent_process()
+    assert tests
+    tests.join()
+    os._exit(1)
+
+
 def _enter(
     environment: dict[str, str], output: str, limit_file_bytes: int | None, worker: Callable[..., None], args: tuple
 ) -> None:
     assert _PRELOADED in sys.modules or not _FORKS, "the server could not import what the ranks need"
+    threading.Thread(target=_leave_with_the_tests, daemon=True).start()
     descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     faulthandler.register(signal.SIGUSR2, all_threads=True)
     if limit_file_bytes:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit_file_bytes, limit_file_bytes))
-    os.environ.update(environment)  # the server's is that of the first test
+    # The server's environment is that of the first test, but for what the imports have set.
+    settings = sys.modules[_PRELOADED].SETTINGS if _FORKS else {}
+    os.environ.clear()
+    os.environ.update(settings | environment)
     torch.set_num_threads(1)
     worker(*args)
     if dist.is_initialized():

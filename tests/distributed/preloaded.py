@@ -1,13 +1,14 @@
 """What the server process of ``harness.py`` imports once, so that the ranks it forks need not."""
 
 import gc
+import os
 from importlib import import_module
 
-import megatron_opsd.trainer  # noqa: F401 - Megatron-Core first: on CPU it needs the shim
-from megatron_opsd.rollout.colocated import import_vllm
+_before = dict(os.environ)
 
-import_vllm()
-for module in (
+import_module("megatron_opsd.trainer")  # Megatron-Core before vLLM: on CPU it needs the shim
+import_module("megatron_opsd.rollout.colocated").import_vllm()
+for _module in (
     "pytest",
     "transformers.models.qwen3.modeling_qwen3",
     "transformers.models.qwen3_moe.modeling_qwen3_moe",
@@ -15,5 +16,9 @@ for module in (
     "vllm.model_executor.models.qwen3_moe",
     "vllm.v1.worker.cpu_worker",
 ):
-    import_module(module)
+    import_module(_module)
+
+# What the imports have set in the environment, above all for vLLM.
+SETTINGS = {name: value for name, value in os.environ.items() if _before.get(name) != value}
+
 gc.freeze()  # the ranks' collections need not go through all of this: a quarter of a second each time

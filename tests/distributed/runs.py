@@ -50,8 +50,8 @@ class Run:
     def wait_until(self, condition: Callable[[], bool], timeout: float = 180) -> None:
         deadline = time.monotonic() + timeout
         while not condition():
-            assert not self._ranks.failed(), self.finish()[1]
-            assert time.monotonic() < deadline, f"{self.run_dir} is not where it should be after {timeout} s"
+            assert not self._ranks.ended(), self.finish()
+            assert time.monotonic() < deadline, f"{self.run_dir}: not there after {timeout} s\n{self._ranks.output()}"
             time.sleep(0.02)
 
     def events(self, name: str = "") -> list[dict[str, Any]]:

@@ -68,7 +68,9 @@ class Server:
     def start(self) -> None:
         command = [sys.executable, "-m", "megatron_opsd", "serve", str(ARITHMETIC / "opsd.toml"), *self.flags]
         lengths = ["--data.max_problem_tokens", "160", "--rollout.kv_cache_gib", "0.1"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "OPSD_API_KEY": KEY}
+        # A rank that starts a server has settings for a vLLM of its own.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
+        environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "OPSD_API_KEY": KEY}
         with self._file("log").open("a") as log:
             process = subprocess.Popen(
                 [*command, "--port", str(self.port), *lengths],

@@ -28,6 +28,7 @@ QUICK = {
     "evaluate.interval": "0",
     "logging.tensorboard": "false",
     "rollout.kv_cache_gib": "0.1",
+    "rollout.max_response_tokens": "16",  # cut short, most of them: nothing here is about what they say
     "checkpoint.save_interval": "2",
     "checkpoint.keep_last": "0",
     "checkpoint.resume": "auto",
@@ -95,6 +96,7 @@ def test_a_flipped_byte_is_named_and_the_checkpoint_before_taken(unbroken: Unbro
     with unbroken.run(run_dir) as run:
         statuses, output = run.finish()
     assert not any(statuses), output
+    assert outcome(run_dir) == "finished"
     assert "going on from the checkpoint before" in the_line(output, f"{file} is damaged (checksum ")
     assert began_after(run) == 2
     assert_equal_runs(run_dir, unbroken.run_dir)
@@ -222,6 +224,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(unbroken: Unbroken) -> None:
     with unbroken.run(run_dir, **changes, **saves, guards__max_skipped_steps="100", train__steps="6") as run:
         statuses, output = run.finish()
     assert not any(statuses), output
+    assert outcome(run_dir) == "finished"
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step_000004", "step_000006"]
     metrics = repeatable_metrics(run_dir)
     skipped = [line["step"] for line in metrics if line["skipped"]]
