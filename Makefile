@@ -40,7 +40,7 @@ test: setup
 	$(UNIT_TESTS)
 	$(PYTEST) tests/distributed tests/gpu
 
-# Everything: before a release, and after changes that CONTRIBUTING.md names. More than an hour, as root for SLURM.
+# Everything: before a release, and after changes that CONTRIBUTING.md names. An hour, as root for SLURM.
 test-all: setup
 	$(UNIT_TESTS)
 	$(PYTEST) tests/distributed tests/gpu -m 'thorough or not thorough'
@@ -50,7 +50,7 @@ test-all: setup
 test-kills: setup
 	KILLS=20 $(PYTEST) -m thorough tests/distributed/test_kills.py
 
-# A SLURM cluster of four virtual nodes on this machine, and a run that loses ranks and nodes: a quarter of an hour.
+# A SLURM cluster of four virtual nodes on this machine, and a run that loses ranks and nodes: ten minutes.
 # As root. Installs Debian's packages where SLURM is missing; the SLURM of the machine itself, if any, is left alone.
 test-slurm: setup
 	@[ "$$(id -u)" = 0 ] || { echo 'make test-slurm: needs root, for SLURM daemons and namespaces of its own' >&2; exit 1; }
