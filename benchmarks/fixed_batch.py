@@ -1,0 +1,246 @@
+"""What an objective does to a model on one batch that stays the same.
+
+    python benchmarks/fixed_batch.py write FILE.toml BATCH.jsonl [--section.key VALUE ...]
+    python benchmarks/fixed_batch.py step FILE.toml BATCH.jsonl OUT.json [...]
+    python benchmarks/fixed_batch.py overfit FILE.toml BATCH.jsonl OUT.json [...]
+
+`write` lets the student write a response to each of the first `train.global_batch_size` problems of the data. `step`
+takes one small step along each objective's gradient, from the same weights each time, and compares the change of the
+unclipped divergences and of the student's entropy with the first-order prediction. `overfit` trains on the batch for
+`train.steps` plain steps with the file's objective and optimizer. One process, as many threads as OMP_NUM_THREADS.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_opsd import parallel
+from megatron_opsd.batch import Batch, Microbatch, Sample, split
+from megatron_opsd.config import Config, add_overrides, load_config
+from megatron_opsd.conversion.architecture import read_architecture
+from megatron_opsd.conversion.hf_files import HFReader
+from megatron_opsd.conversion.load import load_hf
+from megatron_opsd.conversion.mapping import NameTable
+from megatron_opsd.data import read_examples
+from megatron_opsd.metrics import write_jsonl
+from megatron_opsd.model import HiddenStateGPT, build_model, read
+from megatron_opsd.objective import Divergence, linear_divergence
+from megatron_opsd.optim import build_optimizer, build_schedule, optimizer_step
+from megatron_opsd.prompts import build_prompts, max_model_len
+from megatron_opsd.rollout import build_engine
+from megatron_opsd.rollout.engine import Sampling, sample_seed
+from megatron_opsd.run_dir import read_jsonl
+from megatron_opsd.student import Student
+from megatron_opsd.teacher import Teacher
+from megatron_opsd.types import Rollout
+
+KINDS = ("forward_kl", "reverse_kl", "jsd")
+CLIPS: tuple[tuple[str, float | None], ...] = (("none", None), ("entry", 0.05), ("token", 0.5), ("saturate", 0.05))
+SHARE = 0.02  # of its own loss, which a step along a gradient is predicted to take away
+CHUNK = 256
+
+
+def write(config: Config, batch: Path) -> None:
+    """Responses of the model to the first problems, with what is needed to train on them."""
+    parallel.initialize(config.parallel, config.train.seed)
+    prompts, reader = build_prompts(config), HFReader(config.model.path)
+    table = NameTable(read_architecture(config.model.path))
+    examples = read_examples(config.data, prompts.tokenizer)[: config.train.global_batch_size]
+    engine = build_engine(config, max_model_len(config, prompts))
+    engine.update_weights(((name, reader.read(name)) for name in table.hf_tensors()), version=0)
+    rollout = config.rollout
+    sampling = Sampling(rollout.max_response_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
+    seeds = [sample_seed(config.train.seed, 1, i) for i in range(len(examples))]
+    rollouts = engine.generate([prompts.student(example) for example in examples], sampling, seeds)
+    write_jsonl(
+        batch,
+        [
+            {
+                "student_prompt": prompts.student(example),
+                "teacher_prompt": prompts.teacher(example),
+                "token_ids": rollout.token_ids,
+                "logprobs": rollout.logprobs,
+                "finish_reason": rollout.finish_reason,
+                "response": prompts.tokenizer.decode(rollout.token_ids),
+            }
+            for example, rollout in zip(examples, rollouts, strict=True)
+        ],
+    )
+    engine.close()
+
+
+class Study:
+    """Student, teacher's hidden states and the batch."""
+
+    def __init__(self, config: Config, batch: Path) -> None:
+        self.config = config
+        self.layout = parallel.initialize(config.parallel, config.train.seed)
+        self.arch = read_architecture(config.model.path)
+        samples = [
+            Sample(
+                line["student_prompt"],
+                line["teacher_prompt"],
+                Rollout(line["token_ids"], line["logprobs"], line["finish_reason"], 0),
+            )
+            for line in read_jsonl(batch)
+        ]
+        self.microbatches = split(
+            Batch(samples), config.train.micro_batch_size, self.layout.dp_group, "token", parallel.device()
+        )
+        self.teacher = Teacher(self._load(), "resident")
+        self.targets = self.teacher.score(self.microbatches)
+        self.student = Student(self._load(), self.layout, config, self.arch.vocab_size)
+        self.tokens = sum(len(microbatch.response_ids) for microbatch in self.microbatches)
+
+    def _load(self) -> HiddenStateGPT:
+        model = build_model(self.arch, self.config.model, self.config.parallel, self.layout.pg_collection)
+        load_hf(model, HFReader(self.config.model.path), NameTable(self.arch), self.layout.shard)
+        return model
+
+    def backward(self) -> dict[str, float]:
+        """Gradients of the student's objective into the gradient buffer; returns the step's metrics."""
+        head = self.teacher.head_weight()
+        return self.student.forward_backward(self.microbatches, head, self.targets).means()
+
+    def gradient(self) -> Tensor:
+        """A copy of the gradient buffer."""
+        return self._buffer().clone()
+
+    @torch.no_grad()
+    def move(self, length: float, direction: Tensor) -> None:
+        """Add ``length`` times a direction, laid out as the gradient buffer, to the weights."""
+        start = self._buffer().data_ptr()
+        for parameter in self.student.model.parameters():
+            main_grad: Tensor = parameter.main_grad  # type: ignore[attr-defined]
+            offset = (main_grad.data_ptr() - start) // main_grad.element_size()
+            parameter.add_(direction[offset : offset + parameter.numel()].view_as(parameter), alpha=length)
+
+    def _buffer(self) -> Tensor:
+        ddp: Any = self.student.ddp
+        (buffer,) = ddp.buffers
+        return buffer.grad_data
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, float]:
+        """Means over tokens: the unclipped divergences, both entropies, agreement."""
+        sums: dict[str, Tensor] = {}
+        for microbatch, target in zip(self.microbatches, self.targets, strict=True):
+            hidden = self._hidden(microbatch)
+            for kind in KINDS:
+                _, out = linear_divergence(
+                    hidden,
+                    self.student.model.head_weight(),
+                    target,
+                    self.teacher.head_weight(),  # type: ignore[arg-type]
+                    torch.ones(len(hidden)),
+                    Divergence(kind=kind),
+                    vocab_size=self.arch.vocab_size,
+                    tp_group=None,
+                    chunk_size=CHUNK,
+                )
+                values = {kind: out.unclipped, "entropy_student": out.entropy_student}
+                values |= {"entropy_teacher": out.entropy_teacher, "agreement": out.agree}
+                for name, value in values.items():
+                    if kind == KINDS[0] or name == kind:
+                        sums[name] = sums.get(name, torch.zeros(())) + value.double().sum()
+        return {name: float(value) / self.tokens for name, value in sums.items()}
+
+    def entropy_backward(self) -> None:
+        """The gradient of the student's mean entropy into the gradient buffer: dH/dz = -p (log p + H)."""
+        self.student.ddp.zero_grad_buffer()
+        head = self.student.model.head_weight()
+        for microbatch in self.microbatches:
+            hidden = self._hidden(microbatch)
+            slopes = torch.empty_like(hidden)
+            with torch.no_grad():
+                for rows in range(0, len(hidden), CHUNK):
+                    part = hidden[rows : rows + CHUNK]
+                    logits = part @ head[: self.arch.vocab_size].t()
+                    log_p = logits.log_softmax(-1)
+                    p = log_p.exp()
+                    slope = -p * (log_p - (p * log_p).sum(-1, keepdim=True)) / self.tokens
+                    slopes[rows : rows + CHUNK] = slope @ head[: self.arch.vocab_size]
+                    head.main_grad[: self.arch.vocab_size].addmm_(slope.t(), part)  # type: ignore[attr-defined]
+            hidden.backward(slopes)
+
+    def _hidden(self, microbatch: Microbatch) -> Tensor:
+        hidden = read(self.student.ddp, microbatch.student)
+        return self.student.model.head_input(hidden).flatten(0, 1)[microbatch.student.index]  # [n, h]
+
+
+def step(study: Study, out: Path) -> None:
+    """One step of the same length along each objective's gradient, and along its signs, which is Adam's first step."""
+    before, rows = study.measure(), []
+    study.entropy_backward()
+    of_entropy = study.gradient()
+    for kind in KINDS:
+        of_divergence, lengths = torch.empty(0), {}
+        for mode, clip in CLIPS:
+            study.student.divergence = Divergence(kind, clip=clip, clip_mode="entry" if clip is None else mode)  # type: ignore[arg-type]
+            loss = study.backward()["loss"]
+            gradient = study.gradient()
+            if clip is None:
+                of_divergence = gradient
+            for along in ("gradient", "signs"):
+                direction = gradient.sign() if along == "signs" else gradient / gradient.norm()
+                if clip is None:
+                    lengths[along] = SHARE * before[kind] / float(of_divergence @ direction)
+                length = lengths[along]
+                study.move(-length, direction)
+                after = study.measure()
+                study.move(length, direction)
+                row: dict[str, Any] = {"kind": kind, "clip_mode": mode, "clip": clip, "along": along, "loss": loss}
+                row["norm"] = float(gradient.norm())
+                for name, slope in (("divergence", of_divergence), ("entropy", of_entropy)):
+                    key = kind if name == "divergence" else "entropy_student"
+                    row[f"predicted_{name}"] = -length * float(slope @ direction)
+                    row[f"measured_{name}"] = after[key] - before[key]
+                rows.append(row)
+                shown = " ".join(f"{name} {row[name]:+.2e}" for name in row if name.startswith(("pred", "meas")))
+                print(f"{kind:10} {mode:8} {along:8} loss {loss:.4f} {shown}", flush=True)
+                out.write_text(json.dumps({"before": before, "share": SHARE, "rows": rows}, indent=1) + "\n")
+
+
+def overfit(study: Study, out: Path) -> None:
+    """``train.steps`` steps on the batch; a row of metrics before each, and one after the last."""
+    config = study.config
+    optimizer = build_optimizer(study.student, config.optim)
+    schedule = build_schedule(optimizer, config.optim, config.train.steps)
+    rows = []
+    for number in range(config.train.steps + 1):
+        start = time.monotonic()
+        metrics = study.backward()
+        row = {"step": number, **metrics}
+        if number < config.train.steps:
+            row["grad_norm"], row["lr"], _ = optimizer_step(optimizer, schedule, metrics["loss"])
+        rows.append(row)
+        names = ("loss", "divergence", "entropy_student", "entropy_teacher", "agreement", "grad_norm")
+        shown = " ".join(f"{name} {row[name]:.4f}" for name in names if name in row)
+        print(f"step {number} {shown} {time.monotonic() - start:.0f} s", flush=True)
+        write_jsonl(out, rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["write", "step", "overfit"])
+    parser.add_argument("config", metavar="FILE.toml")
+    parser.add_argument("batch", type=Path, metavar="BATCH.jsonl")
+    parser.add_argument("out", type=Path, metavar="OUT", nargs="?")
+    add_overrides(parser)
+    options = vars(parser.parse_args(arguments))
+    command, file, batch, out = (options.pop(name) for name in ("command", "config", "batch", "out"))
+    config = load_config(file, options)
+    if command == "write":
+        write(config, batch)
+    else:
+        {"step": step, "overfit": overfit}[command](Study(config, batch), out)
+
+
+if __name__ == "__main__":
+    main()
