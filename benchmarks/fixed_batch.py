@@ -196,7 +196,7 @@ def step(study: Study, out: Path) -> None:
                 after = study.measure()
                 study.move(length, direction)
                 row: dict[str, Any] = {"kind": kind, "clip_mode": mode, "clip": clip, "along": along, "loss": loss}
-                row["norm"] = float(gradient.norm())
+                row |= {"norm": float(gradient.norm()), "length": length}  # along signs: Adam's learning rate
                 for name, slope in (("divergence", of_divergence), ("entropy", of_entropy)):
                     key = kind if name == "divergence" else "entropy_student"
                     row[f"predicted_{name}"] = -length * float(slope @ direction)
