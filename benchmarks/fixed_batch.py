@@ -42,7 +42,7 @@ from megatron_opsd.types import Rollout
 
 KINDS = ("forward_kl", "reverse_kl", "jsd")
 CLIPS: tuple[tuple[str, float | None], ...] = (("none", None), ("entry", 0.05), ("token", 0.5), ("saturate", 0.05))
-SHARE = 0.02  # of its own loss, which a step along a gradient is predicted to take away
+SHARE = 0.02  # of the divergence, which a step along its unclipped gradient is predicted to take away
 CHUNK = 256
 
 
@@ -234,6 +234,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", nargs="?")
     add_overrides(parser)
     options = vars(parser.parse_args(arguments))
+    if options["command"] != "write" and options["out"] is None:
+        parser.error("OUT is missing: the file for what is measured")
     command, file, batch, out = (options.pop(name) for name in ("command", "config", "batch", "out"))
     config = load_config(file, options)
     if command == "write":

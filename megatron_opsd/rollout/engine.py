@@ -72,6 +72,19 @@ class Engine(Protocol):
         ...
 
 
+class AlwaysAwake:
+    """The part of an :class:`Engine` that holds no memory of the training processes' devices: there is none to give."""
+
+    def sleep(self) -> None: ...
+
+    def wake_up_weights(self) -> None: ...
+
+    def wake_up_kv_cache(self) -> None: ...
+
+    def sleeping_bytes(self) -> int:
+        return 0
+
+
 def sample_seed(seed: int, step: int, sample: int) -> int:
     """A 63-bit seed of one sample of one step, whatever rank or engine writes it (splitmix64 of the three)."""
     state = 0

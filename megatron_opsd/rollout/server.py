@@ -20,7 +20,7 @@ from megatron_opsd import events
 from megatron_opsd.config import Config
 from megatron_opsd.errors import AbandonedError
 from megatron_opsd.rollout.client import ServerClient, ServerError, open_session
-from megatron_opsd.rollout.engine import NoServerLeftError, Sampling
+from megatron_opsd.rollout.engine import AlwaysAwake, NoServerLeftError, Sampling
 from megatron_opsd.types import Rollout
 
 POLL_SECONDS = 1.0
@@ -29,7 +29,7 @@ WATCH = -1  # the index of what is no prompt
 T = TypeVar("T")
 
 
-class ServedVLLM:
+class ServedVLLM(AlwaysAwake):
     """An :class:`Engine` of the servers ``rollout.servers``, whose memory is their own: nothing sleeps, nothing wakes.
 
     Raises:
@@ -87,15 +87,6 @@ class ServedVLLM:
             self._loop.run_until_complete(self._send(bucket))
         self._together(lambda: self._end_update(f"{self._run}/{version}"))
         self._version = version
-
-    def sleep(self) -> None: ...
-
-    def wake_up_weights(self) -> None: ...
-
-    def wake_up_kv_cache(self) -> None: ...
-
-    def sleeping_bytes(self) -> int:
-        return 0
 
     def close(self) -> None:
         if self._is_client:

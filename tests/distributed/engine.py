@@ -9,11 +9,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from megatron_opsd.config import Config
 from megatron_opsd.errors import AbandonedError
-from megatron_opsd.rollout.engine import Sampling
+from megatron_opsd.rollout.engine import AlwaysAwake, Sampling
 from megatron_opsd.types import Rollout
 
 
-class TransformersEngine:
+class TransformersEngine(AlwaysAwake):
     """An :class:`Engine` that starts in a second. Prompt, seed and weights alone decide what it writes."""
 
     def __init__(self, config: Config, max_model_len: int) -> None:
@@ -70,14 +70,5 @@ class TransformersEngine:
         assert not unexpected
         assert set(missing) <= {"lm_head.weight"}, missing  # the embedding
         self._version = version
-
-    def sleep(self) -> None: ...
-
-    def wake_up_weights(self) -> None: ...
-
-    def wake_up_kv_cache(self) -> None: ...
-
-    def sleeping_bytes(self) -> int:
-        return 0
 
     def close(self) -> None: ...

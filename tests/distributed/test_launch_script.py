@@ -11,7 +11,7 @@ from .command_line import Torchrun
 from .harness import ROOT
 from .runs import Run, began_after, outcome
 
-STEPS = 4
+STEPS = 6
 
 
 @pytest.fixture
