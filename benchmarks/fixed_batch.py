@@ -2,18 +2,20 @@
 
     python benchmarks/fixed_batch.py write FILE.toml BATCH.jsonl [--section.key VALUE ...]
     python benchmarks/fixed_batch.py step FILE.toml BATCH.jsonl OUT.json [...]
-    python benchmarks/fixed_batch.py overfit FILE.toml BATCH.jsonl OUT.json [...]
+    python benchmarks/fixed_batch.py overfit FILE.toml BATCH.jsonl OUT.jsonl [...]
+    python benchmarks/fixed_batch.py carry FILE.toml BATCH.jsonl OUT.jsonl [...]
 
 `write` lets the student write a response to each of the first `train.global_batch_size` problems of the data. `step`
 takes one small step along each objective's gradient, from the same weights each time, and compares the change of the
 unclipped divergences and of the student's entropy with the first-order prediction. `overfit` trains on the batch for
-`train.steps` plain steps with the file's objective and optimizer. One process, as many threads as OMP_NUM_THREADS.
+`train.steps` plain steps with the file's objective and optimizer. `carry` takes Adam's first step on some sequences and
+measures what it does to the batch's last third, which it did not see. One process, as many threads as OMP_NUM_THREADS.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,8 @@ from megatron_opsd.data import read_examples
 from megatron_opsd.metrics import write_jsonl
 from megatron_opsd.model import HiddenStateGPT, build_model, read
 from megatron_opsd.objective import Divergence, linear_divergence
-from megatron_opsd.optim import build_optimizer, build_schedule, optimizer_step
+from megatron_opsd.objective.spec import Kind
+from megatron_opsd.optim import build_optimizer, build_schedule, dithered, optimizer_step
 from megatron_opsd.prompts import build_prompts, max_model_len
 from megatron_opsd.rollout import build_engine
 from megatron_opsd.rollout.engine import Sampling, sample_seed
@@ -40,10 +43,15 @@ from megatron_opsd.student import Student
 from megatron_opsd.teacher import Teacher
 from megatron_opsd.types import Rollout
 
-KINDS = ("forward_kl", "reverse_kl", "jsd")
+KINDS: tuple[Kind, ...] = ("forward_kl", "reverse_kl", "jsd")
 CLIPS: tuple[tuple[str, float | None], ...] = (("none", None), ("entry", 0.05), ("token", 0.5), ("saturate", 0.05))
 SHARE = 0.02  # of the divergence, which a step along its unclipped gradient is predicted to take away
 CHUNK = 256
+# Adam's first steps: a learning rate, which is every weight's change, and how the weights are rounded.
+STEPS = (
+    *((lr, "none") for lr in (3e-7, 1e-6, 3e-6, 1e-5)),
+    *((lr, rounding) for lr in (1e-6, 3e-6) for rounding in ("bfloat16", "dither")),
+)
 
 
 def write(config: Config, batch: Path) -> None:
@@ -96,30 +104,39 @@ class Study:
         self.teacher = Teacher(self._load(), "resident")
         self.targets = self.teacher.score(self.microbatches)
         self.student = Student(self._load(), self.layout, config, self.arch.vocab_size)
-        self.tokens = sum(len(microbatch.response_ids) for microbatch in self.microbatches)
+        self.start = [parameter.detach().clone() for parameter in self.student.model.parameters()]
 
     def _load(self) -> HiddenStateGPT:
         model = build_model(self.arch, self.config.model, self.config.parallel, self.layout.pg_collection)
         load_hf(model, HFReader(self.config.model.path), NameTable(self.arch), self.layout.shard)
         return model
 
-    def backward(self) -> dict[str, float]:
-        """Gradients of the student's objective into the gradient buffer; returns the step's metrics."""
+    def backward(self, part: slice = slice(None)) -> dict[str, float]:
+        """Gradients of the student's objective on some micro-batches into the gradient buffer; returns the metrics."""
         head = self.teacher.head_weight()
-        return self.student.forward_backward(self.microbatches, head, self.targets).means()
+        return self.student.forward_backward(self.microbatches[part], head, self.targets[part]).means()
 
     def gradient(self) -> Tensor:
         """A copy of the gradient buffer."""
         return self._buffer().clone()
 
     @torch.no_grad()
-    def move(self, length: float, direction: Tensor) -> None:
-        """Add ``length`` times a direction, laid out as the gradient buffer, to the weights."""
-        start = self._buffer().data_ptr()
-        for parameter in self.student.model.parameters():
-            main_grad: Tensor = parameter.main_grad  # type: ignore[attr-defined]
-            offset = (main_grad.data_ptr() - start) // main_grad.element_size()
-            parameter.add_(direction[offset : offset + parameter.numel()].view_as(parameter), alpha=length)
+    def move(self, length: float, direction: Tensor, rounding: str = "none") -> None:
+        """The weights of the start and ``length`` times a direction, laid out as the gradient buffer.
+
+        rounding: "bfloat16" rounds the sum, "dither" rounds it from where ``optim.dither`` starts.
+        """
+        generator = torch.Generator().manual_seed(0)
+        for parameter, start in zip(self.student.model.parameters(), self.start, strict=True):
+            origin = dithered(start.bfloat16(), generator) if rounding == "dither" else start
+            whole = torch.add(origin, direction[self.place(parameter)].view_as(parameter), alpha=length)
+            parameter.copy_(whole if rounding == "none" else whole.bfloat16())
+
+    def place(self, parameter: Tensor) -> slice:
+        """Where a parameter's gradient is in the gradient buffer."""
+        main_grad: Tensor = parameter.main_grad  # type: ignore[attr-defined]
+        offset = (main_grad.data_ptr() - self._buffer().data_ptr()) // main_grad.element_size()
+        return slice(offset, offset + parameter.numel())
 
     def _buffer(self) -> Tensor:
         ddp: Any = self.student.ddp
@@ -127,12 +144,12 @@ class Study:
         return buffer.grad_data
 
     @torch.no_grad()
-    def measure(self) -> dict[str, float]:
-        """Means over tokens: the unclipped divergences, both entropies, agreement."""
+    def measure(self, part: slice = slice(None), kinds: Sequence[Kind] = KINDS) -> dict[str, float]:
+        """Means over the tokens of some micro-batches: the unclipped divergences, both entropies, agreement."""
         sums: dict[str, Tensor] = {}
-        for microbatch, target in zip(self.microbatches, self.targets, strict=True):
+        for microbatch, target in zip(self.microbatches[part], self.targets[part], strict=True):
             hidden = self._hidden(microbatch)
-            for kind in KINDS:
+            for kind in kinds:
                 _, out = linear_divergence(
                     hidden,
                     self.student.model.head_weight(),
@@ -147,9 +164,12 @@ class Study:
                 values = {kind: out.unclipped, "entropy_student": out.entropy_student}
                 values |= {"entropy_teacher": out.entropy_teacher, "agreement": out.agree}
                 for name, value in values.items():
-                    if kind == KINDS[0] or name == kind:
+                    if kind == kinds[0] or name == kind:
                         sums[name] = sums.get(name, torch.zeros(())) + value.double().sum()
-        return {name: float(value) / self.tokens for name, value in sums.items()}
+        return {name: float(value) / self.tokens(part) for name, value in sums.items()}
+
+    def tokens(self, part: slice = slice(None)) -> int:
+        return sum(len(microbatch.response_ids) for microbatch in self.microbatches[part])
 
     def entropy_backward(self) -> None:
         """The gradient of the student's mean entropy into the gradient buffer: dH/dz = -p (log p + H)."""
@@ -164,7 +184,7 @@ class Study:
                     logits = part @ head[: self.arch.vocab_size].t()
                     log_p = logits.log_softmax(-1)
                     p = log_p.exp()
-                    slope = -p * (log_p - (p * log_p).sum(-1, keepdim=True)) / self.tokens
+                    slope = -p * (log_p - (p * log_p).sum(-1, keepdim=True)) / self.tokens()
                     slopes[rows : rows + CHUNK] = slope @ head[: self.arch.vocab_size]
                     head.main_grad[: self.arch.vocab_size].addmm_(slope.t(), part)  # type: ignore[attr-defined]
             hidden.backward(slopes)
@@ -182,6 +202,7 @@ def step(study: Study, out: Path) -> None:
     for kind in KINDS:
         of_divergence, lengths = torch.empty(0), {}
         for mode, clip in CLIPS:
+            study.move(0.0, of_entropy)
             study.student.divergence = Divergence(kind, clip=clip, clip_mode="entry" if clip is None else mode)  # type: ignore[arg-type]
             loss = study.backward()["loss"]
             gradient = study.gradient()
@@ -194,7 +215,6 @@ def step(study: Study, out: Path) -> None:
                 length = lengths[along]
                 study.move(-length, direction)
                 after = study.measure()
-                study.move(length, direction)
                 row: dict[str, Any] = {"kind": kind, "clip_mode": mode, "clip": clip, "along": along, "loss": loss}
                 row |= {"norm": float(gradient.norm()), "length": length}  # along signs: Adam's learning rate
                 for name, slope in (("divergence", of_divergence), ("entropy", of_entropy)):
@@ -207,28 +227,67 @@ def step(study: Study, out: Path) -> None:
                 out.write_text(json.dumps({"before": before, "share": SHARE, "rows": rows}, indent=1) + "\n")
 
 
-def overfit(study: Study, out: Path) -> None:
-    """``train.steps`` steps on the batch; a row of metrics before each, and one after the last."""
+def carry(study: Study, out: Path) -> None:
+    """Adam's first step on 1, 4, 16, ... of the first micro-batches, and what the last third of them makes of it.
+
+    A slope is how fast a divergence changes along the step: of the sequences the step was made from, of those it did
+    not see, and of these by the head alone (and, where they are tied, the embedding).
+    """
+    config, rows, kind = study.config, [], study.config.objective.kind
+    held_out = slice(-(len(study.microbatches) // 3), None)
+    before = study.measure(held_out, [kind])
+    study.backward(held_out)
+    of_held_out = study.gradient()
+    head, seen = study.place(study.student.model.head_weight()), 1
+    while seen <= len(study.microbatches) + held_out.start:
+        study.move(0.0, of_held_out)
+        own = study.backward(slice(seen))
+        along = study.gradient()
+        slopes: dict[str, float] = {"grad_norm": float(along.norm())}
+        along.div_(study.gradient().abs_().add_(config.optim.adam_eps))
+        slopes |= {"own_slope": float(study.gradient() @ along), "slope": float(of_held_out @ along)}
+        slopes["head_slope"] = float(of_held_out[head] @ along[head])
+        for lr, rounding in STEPS:
+            study.move(-lr, along, rounding)
+            after = study.measure(held_out, [kind])
+            batch = {"sequences": seen * config.train.micro_batch_size, "tokens": study.tokens(slice(seen))}
+            batch |= {"divergence": own["divergence"], "lr": lr, "rounding": rounding}
+            rows.append({**batch, **slopes, "before": before, "after": after})
+            changes = {"own": -lr * slopes["own_slope"], "predicted": -lr * slopes["slope"]}
+            changes |= {name: after[name] - before[name] for name in (kind, "entropy_student")}
+            shown = " ".join(f"{name} {change:+.4f}" for name, change in changes.items())
+            print(f"{batch['sequences']} sequences, {lr:.0e} {rounding}: {shown}", flush=True)
+            write_jsonl(out, rows)
+        seen *= 4
+
+
+def learn(study: Study) -> Iterator[dict[str, float]]:
+    """``train.steps`` steps on the batch from the start; the metrics before each, and after the last."""
     config = study.config
+    study.move(0.0, study.gradient())
     optimizer = build_optimizer(study.student, config.optim)
     schedule = build_schedule(optimizer, config.optim, config.train.steps)
-    rows = []
     for number in range(config.train.steps + 1):
         start = time.monotonic()
-        metrics = study.backward()
-        row = {"step": number, **metrics}
+        row = {"step": number, **study.backward()}
         if number < config.train.steps:
-            row["grad_norm"], row["lr"], _ = optimizer_step(optimizer, schedule, metrics["loss"])
+            row["grad_norm"], row["lr"], _ = optimizer_step(optimizer, schedule, row["loss"])
+        yield row | {"seconds": time.monotonic() - start}
+
+
+def overfit(study: Study, out: Path) -> None:
+    """The metrics of :func:`learn`, as they come."""
+    rows = []
+    for row in learn(study):
         rows.append(row)
-        names = ("loss", "divergence", "entropy_student", "entropy_teacher", "agreement", "grad_norm")
-        shown = " ".join(f"{name} {row[name]:.4f}" for name in names if name in row)
-        print(f"step {number} {shown} {time.monotonic() - start:.0f} s", flush=True)
+        names = ("loss", "divergence", "entropy_student", "entropy_teacher", "agreement", "grad_norm", "seconds")
+        print(f"step {row['step']} " + " ".join(f"{name} {row[name]:.4f}" for name in names if name in row), flush=True)
         write_jsonl(out, rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["write", "step", "overfit"])
+    parser.add_argument("command", choices=["write", "step", "overfit", "carry"])
     parser.add_argument("config", metavar="FILE.toml")
     parser.add_argument("batch", type=Path, metavar="BATCH.jsonl")
     parser.add_argument("out", type=Path, metavar="OUT", nargs="?")
@@ -241,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if command == "write":
         write(config, batch)
     else:
-        {"step": step, "overfit": overfit}[command](Study(config, batch), out)
+        {"step": step, "overfit": overfit, "carry": carry}[command](Study(config, batch), out)
 
 
 if __name__ == "__main__":

@@ -176,6 +176,9 @@ class OptimConfig(Section):
     """Adam's denominator offset."""
     clip_grad: Annotated[float, Field(ge=0)] = 1.0
     """Largest global gradient norm; 0 to leave it alone."""
+    dither: bool = True
+    """Start a bfloat16 model's float32 parameters at random places among the numbers that round to its weights, so that
+    the weights follow small steps from the first one on."""
     placement: Literal["resident", "offload"] = "resident"
     """`offload` keeps the optimizer's states in pinned host memory but for its own step, and frees the gradients until
     the student's pass. Needs use_distributed_optimizer."""
@@ -225,6 +228,8 @@ class GuardsConfig(Section):
     """Highest mean number of tokens of a step's responses."""
     max_accuracy_drop: Fraction | None = None
     """How far the held-out accuracy (greedy) may fall below the best one of the run."""
+    watch_learning: bool = True
+    """Warn, every `patience` steps, where the student has become less sure than its teacher and no nearer to it."""
     patience: Positive = 5
     """The first step beyond a bound warns; so many in a row end the run (of the accuracy: two evaluations)."""
 

@@ -1,7 +1,8 @@
 """Bounds beyond which a run has gone wrong. They warn first, and then end it.
 
 On-Policy Self-Distillation is known to collapse after 100 to 200 steps (arXiv 2601.18734 stops before): the entropy
-falls or explodes, responses shrink or run to the limit, held-out accuracy drops.
+falls or explodes, responses shrink or run to the limit, held-out accuracy drops. It is also known not to begin: steps
+that carry more noise than they teach make the student less sure than its teacher and no nearer to it.
 """
 
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from megatron_opsd.errors import RunStoppedError
 from megatron_opsd.types import Evaluation
 
 EVALUATION_PATIENCE = 2
+LEARNING = ("divergence", "entropy_student", "entropy_teacher")  # metrics that tell whether the student learns
 
 
 @dataclass
@@ -23,6 +25,8 @@ class _State:
     beyond: dict[str, int] = field(default_factory=dict)  # steps in a row, by metric
     best_step: int | None = None
     best_accuracy: float = -1.0
+    at_first: dict[str, float] = field(default_factory=dict)  # means of LEARNING over the run's first steps
+    window: list[dict[str, float]] = field(default_factory=list)  # LEARNING of the steps since the last comparison
 
 
 class Guards:
@@ -56,7 +60,7 @@ class Guards:
                 bound = f"above guards.max_{setting} = {high:g}"
             found = f"step {metrics['step']}: {name} {value:.4g} is {bound}"
             warnings += self._count(name, found if bound else None, self._config.patience, "steps")
-        return warnings
+        return warnings + (self._compare_with_first_steps(metrics) if self._config.watch_learning else [])
 
     def evaluation(self, step: int, evaluation: Evaluation) -> list[str]:
         """Warnings about an evaluation; remembers the best.
@@ -80,6 +84,27 @@ class Guards:
         if found and beyond >= patience:
             raise RunStoppedError(f"{found}, for {beyond} {what} in a row: the run has collapsed; {self._advice()}")
         return [f"{found} ({beyond} of {patience} {what} in a row)"] if found else []
+
+    def _compare_with_first_steps(self, metrics: Mapping[str, float]) -> list[str]:
+        """Every ``patience`` steps, whether the student has come nearer to its teacher or only become less sure."""
+        state = self._state
+        if not metrics["skipped"]:
+            state.window.append({name: metrics[name] for name in LEARNING})
+        if len(state.window) < self._config.patience:
+            return []
+        now = {name: sum(step[name] for step in state.window) / len(state.window) for name in LEARNING}
+        state.window = []
+        first = state.at_first = state.at_first or now
+        less_sure = now["entropy_student"] > max(first["entropy_student"], now["entropy_teacher"])
+        if not less_sure or now["divergence"] < first["divergence"]:
+            return []
+        return [
+            f"step {metrics['step']}: the student does not learn: over {self._config.patience} steps its entropy is "
+            f"{now['entropy_student']:.3g} (teacher: {now['entropy_teacher']:.3g}; first steps: "
+            f"{first['entropy_student']:.3g}) and the divergence {now['divergence']:.3g} (first steps: "
+            f"{first['divergence']:.3g}); start anew with a lower optim.lr, a larger train.global_batch_size, or "
+            'objective.clip_mode = "saturate"'
+        ]
 
     def _count_skipped(self, metrics: Mapping[str, float]) -> None:
         self._state.skipped = self._state.skipped + 1 if metrics["skipped"] else 0

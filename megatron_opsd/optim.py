@@ -1,7 +1,9 @@
 """Megatron's optimizer and learning-rate schedule."""
 
 import math
+from itertools import chain
 from typing import Any
+from zlib import crc32
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
@@ -19,7 +21,7 @@ def build_optimizer(student: Student, config: OptimConfig) -> MegatronOptimizer:
     if not HAVE_APEX_OR_TE:
         _repair_checkpoints_of_torch_adam()
     model = student.model.config
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
             lr=config.lr,
@@ -35,6 +37,41 @@ def build_optimizer(student: Student, config: OptimConfig) -> MegatronOptimizer:
         ),
         [student.ddp],
     )
+    if model.bf16 and config.dither:
+        _dither(optimizer, student.model)
+    return optimizer
+
+
+def _dither(optimizer: MegatronOptimizer, model: torch.nn.Module) -> None:
+    """Put each float32 parameter at a random place among the numbers that round to its bfloat16 weight.
+
+    A checkpoint's weights are bfloat16 numbers. Without this every float32 parameter starts in the middle of its
+    rounding interval, which is wider than dozens of small steps: the model stands still meanwhile, and then too many
+    weights jump at once. From random places the rounded weights follow their parameters on average from the first step
+    on (dither: Schuchman 1964). No weight of the model changes here.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        distributed = isinstance(part, DistributedOptimizer)
+        weights = part.model_float16_groups if distributed else part.float16_groups
+        masters = part.shard_fp32_from_float16_groups if distributed else part.fp32_from_float16_groups
+        for weight, master in zip(chain(*weights), chain(*masters), strict=True):
+            # Ranks that hold the same weight draw the same numbers.
+            generator = torch.Generator(weight.device).manual_seed(crc32(names[weight].encode()))
+            spread = dithered(weight.detach().flatten(), generator)
+            if distributed:
+                own = part._get_model_param_range_map(weight)["param"]
+                spread = spread[own.start : own.end]
+            master.data.copy_(spread.view_as(master))
+
+
+def dithered(weight: Tensor, generator: torch.Generator) -> Tensor:
+    """Float32 numbers, evenly spread over those that round to each of a bfloat16 tensor's."""
+    middle, infinity = weight.float(), torch.full_like(weight, math.inf)
+    up = (torch.nextafter(weight, infinity).float() - middle) / 2
+    down = (middle - torch.nextafter(weight, -infinity).float()) / 2
+    spread = middle - down + (up + down) * torch.rand(weight.shape, generator=generator, device=weight.device)
+    return torch.where(spread.to(weight.dtype) == weight, spread, middle)  # the ends of the interval may round away
 
 
 def build_schedule(optimizer: MegatronOptimizer, config: OptimConfig, steps: int) -> OptimizerParamScheduler:

@@ -10,8 +10,9 @@ from megatron_opsd.guards import Guards
 from megatron_opsd.types import Evaluation
 
 
-def metrics(step: int, entropy: float = 1.0, length: float = 100.0, skipped: int = 0) -> dict[str, float]:
-    return {"step": step, "entropy_student": entropy, "response_length": length, "skipped": skipped}
+def metrics(step: int, entropy: float = 1.0, length: float = 100.0, skipped: int = 0, divergence: float = 0.1) -> dict:
+    values = {"step": step, "entropy_student": entropy, "response_length": length, "skipped": skipped}
+    return values | {"entropy_teacher": 2.0, "divergence": divergence}
 
 
 def accuracy(value: float) -> Evaluation:
@@ -67,3 +68,30 @@ def test_skipped_steps_in_a_row_end_the_run() -> None:
         guards.step(metrics(step, skipped=skipped))
     with pytest.raises(RunStoppedError, match=r"not finite for 2 steps in a row \(guards.max_skipped_steps = 1\)"):
         guards.step(metrics(4, skipped=1))
+
+
+def less_sure(guards: Guards, steps: range, **values: float) -> list[str]:
+    return [warning for step in steps for warning in guards.step(metrics(step, **values))]
+
+
+def test_a_student_that_becomes_less_sure_and_comes_no_nearer_is_told_of() -> None:
+    guards = Guards(GuardsConfig(patience=3))
+    assert less_sure(guards, range(1, 4)) == []  # to compare with
+    assert less_sure(guards, range(4, 7), entropy=1.9, divergence=0.2) == []  # surer than the teacher's 2.0
+    resumed = Guards(GuardsConfig(patience=3))
+    resumed.load_state_dict(json.loads(json.dumps(guards.state_dict())))
+    (warning,) = less_sure(resumed, range(7, 10), entropy=2.5, divergence=0.1)
+    assert warning.startswith("step 9: the student does not learn: over 3 steps its entropy is 2.5 (teacher: 2; first")
+    assert "and the divergence 0.1 (first steps: 0.1); start anew with a lower optim.lr" in warning
+    assert less_sure(resumed, range(10, 13), entropy=2.5, divergence=0.09) == []
+    assert less_sure(resumed, range(13, 16), entropy=2.5, divergence=0.5, skipped=1) == []  # changed no weights
+
+
+def test_a_student_that_was_less_sure_from_the_start_is_not() -> None:
+    guards = Guards(GuardsConfig(patience=3))
+    assert less_sure(guards, range(1, 7), entropy=2.5) == []
+
+
+def test_learning_need_not_be_watched() -> None:
+    guards = Guards(GuardsConfig(patience=3, watch_learning=False))
+    assert less_sure(guards, range(1, 4)) == less_sure(guards, range(4, 7), entropy=2.5, divergence=0.3) == []
