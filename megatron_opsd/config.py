@@ -147,10 +147,11 @@ class ObjectiveConfig(Section):
     """The teacher's weight in the mixture of `jsd`."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Both distributions are softmax(logits / temperature)."""
-    clip_mode: Literal["none", "entry", "token", "saturate"] = "entry"
-    """What is clipped: nothing, each vocabulary entry, the token's sum, or each entry softly."""
-    clip: Annotated[float, Field(gt=0)] = 0.2
-    """Size of the clip; 0.2 suits jsd, the paper's 0.05 its forward KL at 1.7B and 4B."""
+    clip_mode: Literal["none", "entry", "token", "saturate"] = "saturate"
+    """What is clipped: nothing, each vocabulary entry (the paper), the token's sum, or each entry softly. See
+    docs/numerics.md and docs/evidence.md."""
+    clip: Annotated[float, Field(gt=0)] = 0.05
+    """Size of the clip."""
     normalization: Literal["token", "sequence"] = "token"
     """Mean over all response tokens of the global batch, or mean of the sequences' means."""
     chunk_size: Positive = 2048
