@@ -18,7 +18,6 @@ FRESH = {
     "bf16-3e-6": "3e-6, bfloat16",
     "dither-3e-6": "3e-6, dithered",
     "dither-1e-6": "1e-6, dithered",
-    "paper-1e-6": "1e-6, dithered, the paper's sampling",
 }
 WINDOW = 3  # steps of a moving mean, for fresh rollouts
 

@@ -102,8 +102,8 @@ class Guards:
             f"step {metrics['step']}: the student does not learn: over {self._config.patience} steps its entropy is "
             f"{now['entropy_student']:.3g} (teacher: {now['entropy_teacher']:.3g}; first steps: "
             f"{first['entropy_student']:.3g}) and the divergence {now['divergence']:.3g} (first steps: "
-            f"{first['divergence']:.3g}); start anew with a lower optim.lr, a larger train.global_batch_size, or "
-            'objective.clip_mode = "saturate"'
+            f"{first['divergence']:.3g}); start anew with a lower optim.lr or a larger train.global_batch_size, and if "
+            'objective.clip_mode is "entry", with "saturate"'
         ]
 
     def _count_skipped(self, metrics: Mapping[str, float]) -> None:
