@@ -13,6 +13,8 @@ from torch import Tensor
 
 from megatron_opsd import parallel
 from megatron_opsd.config import OptimConfig
+from megatron_opsd.conversion.load import global_parameters
+from megatron_opsd.model import HiddenStateGPT
 from megatron_opsd.student import Student
 
 
@@ -42,7 +44,7 @@ def build_optimizer(student: Student, config: OptimConfig) -> MegatronOptimizer:
     return optimizer
 
 
-def _dither(optimizer: MegatronOptimizer, model: torch.nn.Module) -> None:
+def _dither(optimizer: MegatronOptimizer, model: HiddenStateGPT) -> None:
     """Put each float32 parameter at a random place among the numbers that round to its bfloat16 weight.
 
     A checkpoint's weights are bfloat16 numbers. Without this every float32 parameter starts in the middle of its
@@ -50,13 +52,15 @@ def _dither(optimizer: MegatronOptimizer, model: torch.nn.Module) -> None:
     weights jump at once. From random places the rounded weights follow their parameters on average from the first step
     on (dither: Schuchman 1964). No weight of the model changes here.
     """
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in global_parameters(model)}
+    if model.share_embeddings_and_output_weights and (model.pre_process or model.post_process):
+        names[model.shared_embedding_or_output_weight()] = "embedding"  # the first and the last stage's
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         distributed = isinstance(part, DistributedOptimizer)
         weights = part.model_float16_groups if distributed else part.float16_groups
         masters = part.shard_fp32_from_float16_groups if distributed else part.fp32_from_float16_groups
         for weight, master in zip(chain(*weights), chain(*masters), strict=True):
-            # Ranks that hold the same weight draw the same numbers.
+            # Ranks that hold the same weight must draw the same numbers.
             generator = torch.Generator(weight.device).manual_seed(crc32(names[weight].encode()))
             spread = dithered(weight.detach().flatten(), generator)
             if distributed:

@@ -48,12 +48,12 @@ def first_step(student: Student, config: Config, gradient: float) -> list[Tensor
 
 
 def follow(path: str) -> None:
-    for tp, distributed in [(1, False), (2, False), (1, True), (2, True)]:
+    for tp, pp, distributed in [(1, 1, False), (2, 1, False), (1, 1, True), (2, 1, True), (1, 2, True)]:
         config = Config.model_validate(
             {
                 "model": {"path": path, "dtype": "bfloat16"},
                 "data": {"path": "unused"},
-                "parallel": {"tensor_model_parallel_size": tp},
+                "parallel": {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp},
                 "optim": {"lr": LR, "adam_eps": 1e-12, "clip_grad": 0.0, "use_distributed_optimizer": distributed},
             }
         )
@@ -66,12 +66,14 @@ def follow(path: str) -> None:
         assert all(not change.any() for change in first_step(student, config, gradient=0.0))
         # Rows of the embedding that only pad the vocabulary are zero and follow exactly.
         moved = torch.cat([change.flatten() for change in first_step(student, config, gradient=1.0)])
-        assert float(moved.float().mean()) == pytest.approx(-LR, rel=0.1), (tp, distributed)
-        for name, weight in model.named_parameters():
-            if "norm" in name:  # every rank has it whole
-                copies = [torch.empty_like(weight) for _ in range(layout.world_size)]
-                dist.all_gather(copies, weight.detach())
-                assert torch.equal(copies[0], copies[1]), (tp, distributed, name)
+        assert float(moved.float().mean()) == pytest.approx(-LR, rel=0.1), (tp, pp, distributed)
+        shared = [weight for name, weight in model.named_parameters() if "norm" in name or tp == 1]
+        if pp == 2:  # the head is the embedding
+            shared = [model.shared_embedding_or_output_weight()]
+        for weight in shared:
+            copies = [torch.empty_like(weight) for _ in range(layout.world_size)]
+            dist.all_gather(copies, weight.detach())
+            assert torch.equal(copies[0], copies[1]), (tp, pp, distributed)
 
 
 def test_small_steps_reach_a_bfloat16_model(tmp_path: Path) -> None:
