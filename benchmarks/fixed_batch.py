@@ -129,7 +129,8 @@ class Study:
         generator = torch.Generator().manual_seed(0)
         for parameter, start in zip(self.student.model.parameters(), self.start, strict=True):
             origin = dithered(start.bfloat16(), generator) if rounding == "dither" else start
-            whole = torch.add(origin, direction[self.place(parameter)].view_as(parameter), alpha=length)
+            step = direction[self.place(parameter)].view_as(parameter)
+            whole = torch.add(origin, step, alpha=length) if length else origin  # a direction may be NaN
             parameter.copy_(whole if rounding == "none" else whole.bfloat16())
 
     def place(self, parameter: Tensor) -> slice:
@@ -234,6 +235,7 @@ def carry(study: Study, out: Path) -> None:
     not see, and of these by the head alone (and, where they are tied, the embedding).
     """
     config, rows, kind = study.config, [], study.config.objective.kind
+    assert len(study.microbatches) >= 3, "carry needs three micro-batches: set train.micro_batch_size lower"
     held_out = slice(-(len(study.microbatches) // 3), None)
     before = study.measure(held_out, [kind])
     study.backward(held_out)

@@ -1,8 +1,9 @@
 """What a teacher makes of the solution it is shown: `python benchmarks/teacher_prompt.py FILE.toml OUT.json`.
 
 The model of FILE.toml answers the problems of `evaluate.data` with the student's prompt, and again with the teacher's.
-Then transformers reads responses and reference solutions under both prompts: the mean log-prob of a token, whether both
-sides agree at a response's first and last tokens, and what those tokens are. `--section.key VALUE` as for the run.
+Then transformers reads greedy responses (tokenized again) and reference solutions under both prompts: the mean log-prob
+of a token, how often both sides put the same token first, and what stands at both ends. `--section.key VALUE` as for the
+run.
 """
 
 import argparse
@@ -115,8 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for what in ("solution", "response"):
         rows = []
         for example, record in list(zip(examples, evaluations["student"].records, strict=False))[:READ]:
-            text = f" {example.solution}" if what == "solution" else record["response"]
-            ids = prompts.tokenizer.encode(text)
+            text = example.solution if what == "solution" else record["response"]
+            ids = prompts.tokenizer.encode(text, add_special_tokens=False)
             ended = what == "solution" or record["finish_reason"] == "stop"
             rows.append(read_both(reader, prompts, example, [*ids, *eos] if ended else ids))  # type: ignore[list-item]
         report[what] = {name: sum(means[name] for means, _ in rows) / len(rows) for name in rows[0][0]}

@@ -151,7 +151,7 @@ class ObjectiveConfig(Section):
     """What is clipped: nothing, each vocabulary entry (the paper), the token's sum, or each entry softly. See
     docs/numerics.md and docs/evidence.md."""
     clip: Annotated[float, Field(gt=0)] = 0.05
-    """Size of the clip."""
+    """Size of the clip; 0.2 suits `entry` with jsd, 0.5 `token`."""
     normalization: Literal["token", "sequence"] = "token"
     """Mean over all response tokens of the global batch, or mean of the sequences' means."""
     chunk_size: Positive = 2048

@@ -5,6 +5,7 @@ falls or explodes, responses shrink or run to the limit, held-out accuracy drops
 that carry more noise than they teach make the student less sure than its teacher and no nearer to it.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -88,22 +89,24 @@ class Guards:
     def _compare_with_first_steps(self, metrics: Mapping[str, float]) -> list[str]:
         """Every ``patience`` steps, whether the student has come nearer to its teacher or only become less sure."""
         state = self._state
-        if not metrics["skipped"]:
-            state.window.append({name: metrics[name] for name in LEARNING})
+        values = {name: metrics[name] for name in LEARNING}
+        if not metrics["skipped"] and all(map(math.isfinite, values.values())):
+            state.window.append(values)
         if len(state.window) < self._config.patience:
             return []
         now = {name: sum(step[name] for step in state.window) / len(state.window) for name in LEARNING}
         state.window = []
         first = state.at_first = state.at_first or now
-        less_sure = now["entropy_student"] > max(first["entropy_student"], now["entropy_teacher"])
-        if not less_sure or now["divergence"] < first["divergence"]:
+        # Both entropies are of the same tokens: their difference does not depend on how hard a step's problems are.
+        less_sure = now["entropy_student"] - now["entropy_teacher"]
+        less_sure_at_first = first["entropy_student"] - first["entropy_teacher"]
+        if less_sure <= max(0.0, less_sure_at_first) or now["divergence"] < first["divergence"]:
             return []
         return [
-            f"step {metrics['step']}: the student does not learn: over {self._config.patience} steps its entropy is "
-            f"{now['entropy_student']:.3g} (teacher: {now['entropy_teacher']:.3g}; first steps: "
-            f"{first['entropy_student']:.3g}) and the divergence {now['divergence']:.3g} (first steps: "
-            f"{first['divergence']:.3g}); start anew with a lower optim.lr or a larger train.global_batch_size, and if "
-            'objective.clip_mode is "entry", with "saturate"'
+            f"step {metrics['step']}: the student does not learn: over {self._config.patience} steps its divergence from "
+            f"the teacher is {now['divergence']:.3g} (first steps: {first['divergence']:.3g}), and its entropy "
+            f"{now['entropy_student']:.3g} has gone past the teacher's {now['entropy_teacher']:.3g}; start anew with a "
+            'lower optim.lr, a larger train.global_batch_size, or without objective.clip_mode = "entry"'
         ]
 
     def _count_skipped(self, metrics: Mapping[str, float]) -> None:

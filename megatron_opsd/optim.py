@@ -17,6 +17,8 @@ from megatron_opsd.conversion.load import global_parameters
 from megatron_opsd.model import HiddenStateGPT
 from megatron_opsd.student import Student
 
+DITHER_PIECE = 1 << 24  # weights, for whose temporaries there is always room
+
 
 def build_optimizer(student: Student, config: OptimConfig) -> MegatronOptimizer:
     """Adam with float32 states (fused where Transformer Engine or Apex is installed, torch's otherwise)."""
@@ -60,9 +62,10 @@ def _dither(optimizer: MegatronOptimizer, model: HiddenStateGPT) -> None:
         weights = part.model_float16_groups if distributed else part.float16_groups
         masters = part.shard_fp32_from_float16_groups if distributed else part.fp32_from_float16_groups
         for weight, master in zip(chain(*weights), chain(*masters), strict=True):
-            # Ranks that hold the same weight must draw the same numbers.
+            # Ranks that hold the same weight must draw the same numbers (on GPUs: of one model of card).
             generator = torch.Generator(weight.device).manual_seed(crc32(names[weight].encode()))
-            spread = dithered(weight.detach().flatten(), generator)
+            pieces = weight.detach().flatten().split(DITHER_PIECE)
+            spread = torch.cat([dithered(piece, generator) for piece in pieces])
             if distributed:
                 own = part._get_model_param_range_map(weight)["param"]
                 spread = spread[own.start : own.end]

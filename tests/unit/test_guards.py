@@ -81,8 +81,10 @@ def test_a_student_that_becomes_less_sure_and_comes_no_nearer_is_told_of() -> No
     resumed = Guards(GuardsConfig(patience=3))
     resumed.load_state_dict(json.loads(json.dumps(guards.state_dict())))
     (warning,) = less_sure(resumed, range(7, 10), entropy=2.5, divergence=0.1)
-    assert warning.startswith("step 9: the student does not learn: over 3 steps its entropy is 2.5 (teacher: 2; first")
-    assert "and the divergence 0.1 (first steps: 0.1); start anew with a lower optim.lr" in warning
+    assert warning.startswith(
+        "step 9: the student does not learn: over 3 steps its divergence from the teacher is 0.1 ("
+    )
+    assert "its entropy 2.5 has gone past the teacher's 2; start anew with a lower optim.lr" in warning
     assert less_sure(resumed, range(10, 13), entropy=2.5, divergence=0.09) == []
     assert less_sure(resumed, range(13, 16), entropy=2.5, divergence=0.5, skipped=1) == []  # changed no weights
 
@@ -90,6 +92,14 @@ def test_a_student_that_becomes_less_sure_and_comes_no_nearer_is_told_of() -> No
 def test_a_student_that_was_less_sure_from_the_start_is_not() -> None:
     guards = Guards(GuardsConfig(patience=3))
     assert less_sure(guards, range(1, 7), entropy=2.5) == []
+
+
+def test_a_step_that_cannot_be_measured_does_not_count() -> None:
+    guards = Guards(GuardsConfig(patience=3))
+    assert less_sure(guards, range(1, 3)) == less_sure(guards, range(3, 4), divergence=float("inf")) == []
+    assert less_sure(guards, range(4, 5)) == less_sure(guards, range(5, 8), entropy=2.5, divergence=0.05) == []
+    (warning,) = less_sure(guards, range(8, 11), entropy=2.5, divergence=0.2)
+    assert "(first steps: 0.1)" in warning
 
 
 def test_learning_need_not_be_watched() -> None:
