@@ -15,6 +15,7 @@ FIXED = {
     "dither": "bfloat16, dithered",
 }
 FRESH = {
+    "still": "no learning",
     "bf16-3e-6": "3e-6, bfloat16",
     "dither-3e-6": "3e-6, dithered",
     "dither-1e-6": "1e-6, dithered",
@@ -25,13 +26,17 @@ WINDOW = 3  # steps of a moving mean, for fresh rollouts
 def draw(axes: tuple[Axes, Axes], name: str, label: str, window: int) -> None:
     rows = read_jsonl(RESULTS / f"{name}.jsonl")
     left, right = axes
-    steps = range(window - 1, len(rows))
+    ends = range(window, len(rows) + 1)
+    steps = [rows[end - 1]["step"] for end in ends]
 
-    def mean(key: str, step: int) -> float:
-        return sum(row[key] for row in rows[step - window + 1 : step + 1]) / window
+    def means(key: str) -> list[float]:
+        return [sum(row[key] for row in rows[end - window : end]) / window for end in ends]
 
-    left.plot(steps, [mean("divergence", step) for step in steps], label=label)
-    right.plot(steps, [mean("entropy_student", step) - mean("entropy_teacher", step) for step in steps], label=label)
+    left.plot(steps, means("divergence"), label=label)
+    gaps = [
+        student - teacher for student, teacher in zip(means("entropy_student"), means("entropy_teacher"), strict=True)
+    ]
+    right.plot(steps, gaps, label=label)
 
 
 def main() -> None:

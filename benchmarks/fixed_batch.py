@@ -1,15 +1,18 @@
 """What an objective does to a model on one batch that stays the same.
 
     python benchmarks/fixed_batch.py write FILE.toml BATCH.jsonl [--section.key VALUE ...]
+    python benchmarks/fixed_batch.py measure FILE.toml BATCH.jsonl OUT.json [--student DIR] [...]
     python benchmarks/fixed_batch.py step FILE.toml BATCH.jsonl OUT.json [...]
     python benchmarks/fixed_batch.py overfit FILE.toml BATCH.jsonl OUT.jsonl [...]
     python benchmarks/fixed_batch.py carry FILE.toml BATCH.jsonl OUT.jsonl [...]
 
-`write` lets the student write a response to each of the first `train.global_batch_size` problems of the data. `step`
-takes one small step along each objective's gradient, from the same weights each time, and compares the change of the
-unclipped divergences and of the student's entropy with the first-order prediction. `overfit` trains on the batch for
-`train.steps` plain steps with the file's objective and optimizer. `carry` takes Adam's first step on some sequences and
-measures what it does to the batch's last third, which it did not see. One process, as many threads as OMP_NUM_THREADS.
+`write` lets the model write a response to each of the first `train.global_batch_size` problems of the data. The other
+commands read them: as the teacher, which is that model, and as the student, which may be a trained one. `measure`
+does no more. `step` takes one small step along each objective's gradient, from the same weights each time, and
+compares the change of the unclipped divergences and of the student's entropy with the first-order prediction.
+`overfit` trains on the batch for `train.steps` plain steps with the file's objective and optimizer. `carry` takes
+Adam's first step on some sequences and measures what it does to the batch's last third, which it did not see. One
+process, as many threads as OMP_NUM_THREADS.
 """
 
 import argparse
@@ -86,7 +89,7 @@ def write(config: Config, batch: Path) -> None:
 class Study:
     """Student, teacher's hidden states and the batch."""
 
-    def __init__(self, config: Config, batch: Path) -> None:
+    def __init__(self, config: Config, batch: Path, student: str = "") -> None:
         self.config = config
         self.layout = parallel.initialize(config.parallel, config.train.seed)
         self.arch = read_architecture(config.model.path)
@@ -101,14 +104,14 @@ class Study:
         self.microbatches = split(
             Batch(samples), config.train.micro_batch_size, self.layout.dp_group, "token", parallel.device()
         )
-        self.teacher = Teacher(self._load(), "resident")
+        self.teacher = Teacher(self._load(config.model.path), "resident")
         self.targets = self.teacher.score(self.microbatches)
-        self.student = Student(self._load(), self.layout, config, self.arch.vocab_size)
+        self.student = Student(self._load(student or config.model.path), self.layout, config, self.arch.vocab_size)
         self.start = [parameter.detach().clone() for parameter in self.student.model.parameters()]
 
-    def _load(self) -> HiddenStateGPT:
+    def _load(self, path: str) -> HiddenStateGPT:
         model = build_model(self.arch, self.config.model, self.config.parallel, self.layout.pg_collection)
-        load_hf(model, HFReader(self.config.model.path), NameTable(self.arch), self.layout.shard)
+        load_hf(model, HFReader(path), NameTable(self.arch), self.layout.shard)
         return model
 
     def backward(self, part: slice = slice(None)) -> dict[str, float]:
@@ -193,6 +196,13 @@ class Study:
     def _hidden(self, microbatch: Microbatch) -> Tensor:
         hidden = read(self.student.ddp, microbatch.student)
         return self.student.model.head_input(hidden).flatten(0, 1)[microbatch.student.index]  # [n, h]
+
+
+def measure(study: Study, out: Path) -> None:
+    """The divergences of student and teacher, the entropies and the agreement on the batch."""
+    measured = study.measure()
+    print(json.dumps(measured), flush=True)
+    out.write_text(json.dumps(measured, indent=1) + "\n")
 
 
 def step(study: Study, out: Path) -> None:
@@ -287,22 +297,28 @@ def overfit(study: Study, out: Path) -> None:
         write_jsonl(out, rows)
 
 
+STUDIES = {"measure": measure, "step": step, "overfit": overfit, "carry": carry}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["write", "step", "overfit", "carry"])
+    parser.add_argument("command", choices=["write", *STUDIES])
     parser.add_argument("config", metavar="FILE.toml")
     parser.add_argument("batch", type=Path, metavar="BATCH.jsonl")
     parser.add_argument("out", type=Path, metavar="OUT", nargs="?")
+    parser.add_argument("--student", default="", metavar="DIR", help="a Hugging Face directory, if not model.path")
     add_overrides(parser)
     options = vars(parser.parse_args(arguments))
     if options["command"] != "write" and options["out"] is None:
         parser.error("OUT is missing: the file for what is measured")
-    command, file, batch, out = (options.pop(name) for name in ("command", "config", "batch", "out"))
+    command, file, batch, out, student = (
+        options.pop(name) for name in ("command", "config", "batch", "out", "student")
+    )
     config = load_config(file, options)
     if command == "write":
         write(config, batch)
     else:
-        {"step": step, "overfit": overfit, "carry": carry}[command](Study(config, batch), out)
+        STUDIES[command](Study(config, batch, student), out)
 
 
 if __name__ == "__main__":
