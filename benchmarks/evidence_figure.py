@@ -15,7 +15,6 @@ FIXED = {
     "dither": "bfloat16, dithered",
 }
 FRESH = {
-    "still": "no learning",
     "bf16-3e-6": "3e-6, bfloat16",
     "dither-3e-6": "3e-6, dithered",
     "dither-1e-6": "1e-6, dithered",

@@ -199,10 +199,13 @@ class Study:
 
 
 def measure(study: Study, out: Path) -> None:
-    """The divergences of student and teacher, the entropies and the agreement on the batch."""
-    measured = study.measure()
-    print(json.dumps(measured), flush=True)
-    out.write_text(json.dumps(measured, indent=1) + "\n")
+    """Divergences of student and teacher, entropies and agreement, of each micro-batch and of all tokens."""
+    parts = [slice(i, i + 1) for i in range(len(study.microbatches))]
+    rows = [{"tokens": study.tokens(part), **study.measure(part)} for part in parts]
+    whole = {name: sum(row["tokens"] * row[name] for row in rows) / study.tokens() for name in rows[0]}
+    whole["tokens"] = study.tokens()
+    print(json.dumps(whole), flush=True)
+    out.write_text(json.dumps({"whole": whole, "micro_batches": rows}, indent=1) + "\n")
 
 
 def step(study: Study, out: Path) -> None:
