@@ -103,8 +103,8 @@ class Guards:
         if less_sure <= max(0.0, less_sure_at_first) or now["divergence"] < first["divergence"]:
             return []
         return [
-            f"step {metrics['step']}: the student may not be learning: over {self._config.patience} steps its divergence "
-            f"from the teacher is {now['divergence']:.3g} (first steps: {first['divergence']:.3g}), and its entropy "
+            f"step {metrics['step']}: the student may not be learning: over {self._config.patience} steps its "
+            f"divergence from the teacher is {now['divergence']:.3g} (first steps: {first['divergence']:.3g}), and its entropy "
             f"{now['entropy_student']:.3g} has gone past the teacher's {now['entropy_teacher']:.3g}; start anew with a "
             'lower optim.lr, a larger train.global_batch_size, or without objective.clip_mode = "entry"'
         ]
