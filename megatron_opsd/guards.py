@@ -105,8 +105,8 @@ class Guards:
         return [
             f"step {metrics['step']}: the student may not be learning: over {self._config.patience} steps its "
             f"divergence from the teacher is {now['divergence']:.3g} (first steps: {first['divergence']:.3g}), and its "
-            f"entropy {now['entropy_student']:.3g} has gone past the teacher's {now['entropy_teacher']:.3g}; start anew "
-            'with a lower optim.lr, a larger train.global_batch_size, or without objective.clip_mode = "entry"'
+            f"entropy {now['entropy_student']:.3g} has gone past the teacher's {now['entropy_teacher']:.3g}; start "
+            'anew with a lower optim.lr, a larger train.global_batch_size, or without objective.clip_mode = "entry"'
         ]
 
     def _count_skipped(self, metrics: Mapping[str, float]) -> None:
