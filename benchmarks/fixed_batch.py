@@ -2,14 +2,15 @@
 
     python benchmarks/fixed_batch.py write FILE.toml BATCH.jsonl [--section.key VALUE ...]
     python benchmarks/fixed_batch.py measure FILE.toml BATCH.jsonl OUT.json [--student DIR] [...]
+    python benchmarks/fixed_batch.py slopes FILE.toml BATCH.jsonl OUT.json [--student DIR] [...]
     python benchmarks/fixed_batch.py step FILE.toml BATCH.jsonl OUT.json [...]
     python benchmarks/fixed_batch.py overfit FILE.toml BATCH.jsonl OUT.jsonl [...]
     python benchmarks/fixed_batch.py carry FILE.toml BATCH.jsonl OUT.jsonl [...]
 
 `write` lets the model write a response to each of the first `train.global_batch_size` problems of the data. The other
 commands read them: as the teacher, which is that model, and as the student, which may be a trained one. `measure`
-does no more. `step` takes one small step along each objective's gradient, from the same weights each time, and
-compares the change of the unclipped divergences and of the student's entropy with the first-order prediction.
+does no more. `slopes` says in first order what a step along each objective's gradient would do to the unclipped
+divergences and to the student's entropy. `step` takes such small steps, from the same weights each time, and compares.
 `overfit` trains on the batch for `train.steps` plain steps with the file's objective and optimizer. `carry` takes
 Adam's first step on some sequences and measures what it does to the batch's last third, which it did not see. One
 process, as many threads as OMP_NUM_THREADS.
@@ -208,37 +209,59 @@ def measure(study: Study, out: Path) -> None:
     out.write_text(json.dumps({"whole": whole, "micro_batches": rows}, indent=1) + "\n")
 
 
+def objectives(study: Study) -> Iterator[tuple[dict[str, Any], Tensor]]:
+    """Each objective with its gradient at the weights of the start."""
+    for kind in KINDS:
+        for mode, clip in CLIPS:
+            study.move(0.0, study.gradient())
+            study.student.divergence = Divergence(kind, clip=clip, clip_mode="entry" if clip is None else mode)  # type: ignore[arg-type]
+            loss = study.backward()["loss"]
+            gradient = study.gradient()
+            yield (
+                {"kind": kind, "clip_mode": mode, "clip": clip, "loss": loss, "norm": float(gradient.norm())},
+                gradient,
+            )
+
+
+def slopes(study: Study, out: Path) -> None:
+    """What Adam's first step at ``optim.lr`` would do to the divergences and to the entropy, in first order."""
+    before, rows, lr = study.measure(), [], study.config.optim.lr
+    study.entropy_backward()
+    slopes = {"entropy_student": study.gradient()}
+    for objective, gradient in objectives(study):
+        if objective["clip"] is None:
+            slopes[objective["kind"]] = gradient
+        signs = gradient.sign()
+        rows.append(objective | {"lr": lr} | {name: -lr * float(slope @ signs) for name, slope in slopes.items()})
+        print(json.dumps(rows[-1]), flush=True)
+        out.write_text(json.dumps({"before": before, "rows": rows}, indent=1) + "\n")
+
+
 def step(study: Study, out: Path) -> None:
     """One step of the same length along each objective's gradient, and along its signs, which is Adam's first step."""
     before, rows = study.measure(), []
     study.entropy_backward()
     of_entropy = study.gradient()
-    for kind in KINDS:
-        of_divergence, lengths = torch.empty(0), {}
-        for mode, clip in CLIPS:
-            study.move(0.0, of_entropy)
-            study.student.divergence = Divergence(kind, clip=clip, clip_mode="entry" if clip is None else mode)  # type: ignore[arg-type]
-            loss = study.backward()["loss"]
-            gradient = study.gradient()
-            if clip is None:
-                of_divergence = gradient
-            for along in ("gradient", "signs"):
-                direction = gradient.sign() if along == "signs" else gradient / gradient.norm()
-                if clip is None:
-                    lengths[along] = SHARE * before[kind] / float(of_divergence @ direction)
-                length = lengths[along]
-                study.move(-length, direction)
-                after = study.measure()
-                row: dict[str, Any] = {"kind": kind, "clip_mode": mode, "clip": clip, "along": along, "loss": loss}
-                row |= {"norm": float(gradient.norm()), "length": length}  # along signs: Adam's learning rate
-                for name, slope in (("divergence", of_divergence), ("entropy", of_entropy)):
-                    key = kind if name == "divergence" else "entropy_student"
-                    row[f"predicted_{name}"] = -length * float(slope @ direction)
-                    row[f"measured_{name}"] = after[key] - before[key]
-                rows.append(row)
-                shown = " ".join(f"{name} {row[name]:+.2e}" for name in row if name.startswith(("pred", "meas")))
-                print(f"{kind:10} {mode:8} {along:8} loss {loss:.4f} {shown}", flush=True)
-                out.write_text(json.dumps({"before": before, "share": SHARE, "rows": rows}, indent=1) + "\n")
+    of_divergence, lengths = torch.empty(0), {}
+    for objective, gradient in objectives(study):
+        kind = objective["kind"]
+        if objective["clip"] is None:
+            of_divergence = gradient
+        for along in ("gradient", "signs"):
+            direction = gradient.sign() if along == "signs" else gradient / gradient.norm()
+            if objective["clip"] is None:
+                lengths[along] = SHARE * before[kind] / float(of_divergence @ direction)
+            length = lengths[along]
+            study.move(-length, direction)
+            after = study.measure()
+            row: dict[str, Any] = {**objective, "along": along, "length": length}  # along signs: Adam's learning rate
+            for name, slope in (("divergence", of_divergence), ("entropy", of_entropy)):
+                key = kind if name == "divergence" else "entropy_student"
+                row[f"predicted_{name}"] = -length * float(slope @ direction)
+                row[f"measured_{name}"] = after[key] - before[key]
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+            out.write_text(json.dumps({"before": before, "share": SHARE, "rows": rows}, indent=1) + "\n")
 
 
 def carry(study: Study, out: Path) -> None:
@@ -300,7 +323,7 @@ def overfit(study: Study, out: Path) -> None:
         write_jsonl(out, rows)
 
 
-STUDIES = {"measure": measure, "step": step, "overfit": overfit, "carry": carry}
+STUDIES = {"measure": measure, "slopes": slopes, "step": step, "overfit": overfit, "carry": carry}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
