@@ -19,10 +19,10 @@ from pathlib import Path
 
 import torch
 
-from megatron_opsd.conversion import convert
-from megatron_opsd.conversion.architecture import read_architecture
-from megatron_opsd.conversion.hf_files import ShardWriter, shard_name, write_index
-from megatron_opsd.conversion.mapping import NameTable
+from megatron_opsd.convert import convert
+from megatron_opsd.weights.architecture import read_architecture
+from megatron_opsd.weights.hf_files import ShardWriter, shard_name, write_index
+from megatron_opsd.weights.mapping import NameTable
 
 # Qwen3-4B's sizes with fewer layers.
 CONFIG = {

@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 from transformers import Qwen3Config
 
-from megatron_opsd import parallel
 from megatron_opsd.config import ModelConfig, ParallelConfig
-from megatron_opsd.conversion.architecture import read_architecture
-from megatron_opsd.conversion.export import Exporter
-from megatron_opsd.conversion.mapping import NameTable
-from megatron_opsd.model import build_model
+from megatron_opsd.model import parallel
+from megatron_opsd.model.gpt import build_model
+from megatron_opsd.weights.architecture import read_architecture
+from megatron_opsd.weights.export import Exporter
+from megatron_opsd.weights.mapping import NameTable
 
 REPEATS = 9
 WAYS = {"tensor by tensor": 1, "buckets of 512 MiB": 512 * 2**20}

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_opsd.objective import Divergence, vocab_parallel_divergence
-from megatron_opsd.run_dir import read_jsonl
+from megatron_opsd.reliability.run_dir import read_jsonl
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
@@ -63,8 +63,8 @@ def quick_start_logits() -> tuple[Tensor, Tensor]:
     from transformers import AutoModelForCausalLM
 
     from megatron_opsd.config import load_config
-    from megatron_opsd.data import read_examples
-    from megatron_opsd.prompts import build_prompts
+    from megatron_opsd.data.datasets import read_examples
+    from megatron_opsd.data.prompts import build_prompts
 
     config = load_config(str(ROOT / "examples/arithmetic/opsd.toml"), {})
     model: Any = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float64)

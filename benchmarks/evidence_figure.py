@@ -5,7 +5,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from megatron_opsd.run_dir import read_jsonl
+from megatron_opsd.reliability.run_dir import read_jsonl
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"

@@ -26,26 +26,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_opsd import parallel
-from megatron_opsd.batch import Batch, Microbatch, Sample, split
 from megatron_opsd.config import Config, add_overrides, load_config
-from megatron_opsd.conversion.architecture import read_architecture
-from megatron_opsd.conversion.hf_files import HFReader
-from megatron_opsd.conversion.load import load_hf
-from megatron_opsd.conversion.mapping import NameTable
-from megatron_opsd.data import read_examples
-from megatron_opsd.metrics import write_jsonl
-from megatron_opsd.model import HiddenStateGPT, build_model, read
+from megatron_opsd.data.batch import Batch, Microbatch, Sample, split
+from megatron_opsd.data.datasets import read_examples
+from megatron_opsd.data.prompts import build_prompts, max_model_len
+from megatron_opsd.model import parallel
+from megatron_opsd.model.gpt import HiddenStateGPT, build_model, read
+from megatron_opsd.model.optimizer import build_optimizer, build_schedule, dithered, optimizer_step
+from megatron_opsd.model.student import Student
+from megatron_opsd.model.teacher import Teacher
 from megatron_opsd.objective import Divergence, linear_divergence
 from megatron_opsd.objective.spec import Kind
-from megatron_opsd.optim import build_optimizer, build_schedule, dithered, optimizer_step
-from megatron_opsd.prompts import build_prompts, max_model_len
+from megatron_opsd.reliability.run_dir import read_jsonl
 from megatron_opsd.rollout import build_engine
 from megatron_opsd.rollout.engine import Sampling, sample_seed
-from megatron_opsd.run_dir import read_jsonl
-from megatron_opsd.student import Student
-from megatron_opsd.teacher import Teacher
+from megatron_opsd.telemetry.metrics import write_jsonl
 from megatron_opsd.types import Rollout
+from megatron_opsd.weights.architecture import read_architecture
+from megatron_opsd.weights.hf_files import HFReader
+from megatron_opsd.weights.load import load_hf
+from megatron_opsd.weights.mapping import NameTable
 
 KINDS: tuple[Kind, ...] = ("forward_kl", "reverse_kl", "jsd")
 CLIPS: tuple[tuple[str, float | None], ...] = (("none", None), ("entry", 0.05), ("token", 0.5), ("saturate", 0.05))

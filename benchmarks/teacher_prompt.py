@@ -17,16 +17,16 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_opsd import parallel
 from megatron_opsd.config import Config, ParallelConfig, add_overrides, load_config
-from megatron_opsd.conversion.architecture import read_architecture
-from megatron_opsd.conversion.hf_files import HFReader
-from megatron_opsd.conversion.mapping import NameTable
-from megatron_opsd.data import read_held_out
+from megatron_opsd.data.datasets import read_held_out
+from megatron_opsd.data.prompts import PromptBuilder, build_prompts, max_model_len
 from megatron_opsd.evaluate import evaluate
-from megatron_opsd.prompts import PromptBuilder, build_prompts, max_model_len
+from megatron_opsd.model import parallel
 from megatron_opsd.rollout import build_engine
 from megatron_opsd.types import Evaluation, Example
+from megatron_opsd.weights.architecture import read_architecture
+from megatron_opsd.weights.hf_files import HFReader
+from megatron_opsd.weights.mapping import NameTable
 
 READ = 20  # problems whose responses and solutions transformers reads
 ENDS = 3  # tokens of a response's beginning and end

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_opsd.config import Config, add_overrides, fields, load_config
 from megatron_opsd.errors import UserError
-from megatron_opsd.run_dir import write_outcome
+from megatron_opsd.reliability.run_dir import write_outcome
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -75,7 +75,7 @@ def _is_local_rank_0() -> bool:
 
 def _preflight(config: Config, train: bool) -> None:
     """One process of each machine looks; the others find out when they wait for it in vain."""
-    from megatron_opsd.preflight import check, check_transformer_engine
+    from megatron_opsd.plan.preflight import check, check_transformer_engine
 
     if _is_local_rank_0():
         check(config, int(os.environ.get("WORLD_SIZE", "1")), train)
@@ -97,7 +97,7 @@ def _train(config: Config, _: argparse.Namespace) -> None:
 
 
 def _check(config: Config, options: argparse.Namespace) -> None:
-    from megatron_opsd.preflight import check
+    from megatron_opsd.plan.preflight import check
 
     check(config, options.world_size)
     print(f"{options.config}: no mistakes found")
@@ -139,8 +139,8 @@ def _evaluate(config: Config, options: argparse.Namespace) -> None:
 
 
 def _serve(config: Config, options: argparse.Namespace) -> None:
-    from megatron_opsd.preflight import check_server
-    from megatron_opsd.prompts import build_prompts, max_model_len
+    from megatron_opsd.data.prompts import build_prompts, max_model_len
+    from megatron_opsd.plan.preflight import check_server
     from megatron_opsd.rollout.serve import serve
 
     check_server(config)
@@ -161,7 +161,7 @@ def _add_convert(command: argparse.ArgumentParser) -> None:
 def _convert(options: argparse.Namespace) -> None:
     import torch
 
-    from megatron_opsd.conversion import convert
+    from megatron_opsd.convert import convert
 
     ranks = "RANK" in os.environ  # torchrun's
     if ranks:

@@ -6,18 +6,18 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from megatron_opsd import parallel
 from megatron_opsd.config import Config, ParallelConfig
-from megatron_opsd.conversion.architecture import read_architecture
-from megatron_opsd.conversion.hf_files import HFReader
-from megatron_opsd.conversion.mapping import NameTable
-from megatron_opsd.data import read_held_out
-from megatron_opsd.grading import Method, is_correct
-from megatron_opsd.metrics import format_scores, start_logging, write_jsonl
-from megatron_opsd.prompts import PromptBuilder, build_prompts, max_model_len
+from megatron_opsd.data.datasets import read_held_out
+from megatron_opsd.data.grading import Method, is_correct
+from megatron_opsd.data.prompts import PromptBuilder, build_prompts, max_model_len
+from megatron_opsd.model import parallel
 from megatron_opsd.rollout import build_engine
 from megatron_opsd.rollout.engine import Engine, Sampling, sample_seed
+from megatron_opsd.telemetry.metrics import format_scores, start_logging, write_jsonl
 from megatron_opsd.types import Evaluation, Example, Rollout
+from megatron_opsd.weights.architecture import read_architecture
+from megatron_opsd.weights.hf_files import HFReader
+from megatron_opsd.weights.mapping import NameTable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -18,7 +18,7 @@ from typing import NoReturn
 from megatron_opsd import cli
 from megatron_opsd.config import Config, add_overrides, load_config
 from megatron_opsd.errors import UserError
-from megatron_opsd.run_dir import write_outcome
+from megatron_opsd.reliability.run_dir import write_outcome
 
 
 def main(recipe: str, model: str = "", problems: str = "", settings: Mapping[str, str] | None = None) -> None:

@@ -10,31 +10,34 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from megatron_opsd import checkpoint, events, parallel, run_dir
-from megatron_opsd.batch import Batch, Sample, padding_share, split
+from megatron_opsd import events
 from megatron_opsd.config import Config
-from megatron_opsd.conversion.architecture import read_architecture
-from megatron_opsd.conversion.export import Exporter
-from megatron_opsd.conversion.hf_files import HFReader, write_hf
-from megatron_opsd.conversion.load import load_hf
-from megatron_opsd.conversion.mapping import NameTable
-from megatron_opsd.data import Sampler, read_examples, read_held_out
+from megatron_opsd.data.batch import Batch, Sample, padding_share, split
+from megatron_opsd.data.datasets import read_examples, read_held_out
+from megatron_opsd.data.prompts import build_prompts, max_model_len
+from megatron_opsd.data.sampler import Sampler
+from megatron_opsd.device_memory import DeviceMemory
 from megatron_opsd.errors import AbandonedError, RunStoppedError, UserError
 from megatron_opsd.evaluate import evaluate, grade
-from megatron_opsd.guards import Guards
-from megatron_opsd.interruption import Interruption
-from megatron_opsd.memory import DeviceMemory
-from megatron_opsd.metrics import Clock, MetricsWriter, is_due, start_logging
-from megatron_opsd.model import HiddenStateGPT, build_model, layers_in_use
-from megatron_opsd.optim import OptimizerStates, build_optimizer, build_schedule, optimizer_step
-from megatron_opsd.prompts import build_prompts, max_model_len
+from megatron_opsd.model import parallel
+from megatron_opsd.model.gpt import HiddenStateGPT, build_model, layers_in_use
+from megatron_opsd.model.optimizer import OptimizerStates, build_optimizer, build_schedule, optimizer_step
+from megatron_opsd.model.student import Student
+from megatron_opsd.model.teacher import Teacher
+from megatron_opsd.reliability import checkpoint, run_dir
+from megatron_opsd.reliability.guards import Guards
+from megatron_opsd.reliability.preemption import Interruption
+from megatron_opsd.reliability.watchdog import Watchdog
 from megatron_opsd.rollout import build_engine
 from megatron_opsd.rollout.engine import NoServerLeftError, Sampling, sample_seed
 from megatron_opsd.rollout.refit import check_logprob_gap, refit
-from megatron_opsd.student import Student
-from megatron_opsd.teacher import Teacher
+from megatron_opsd.telemetry.metrics import Clock, MetricsWriter, is_due, start_logging
 from megatron_opsd.types import Evaluation, Example, Rollout, StepResult
-from megatron_opsd.watchdog import Watchdog
+from megatron_opsd.weights.architecture import read_architecture
+from megatron_opsd.weights.export import Exporter
+from megatron_opsd.weights.hf_files import HFReader, write_hf
+from megatron_opsd.weights.load import load_hf
+from megatron_opsd.weights.mapping import NameTable
 
 log = logging.getLogger(__name__)
 

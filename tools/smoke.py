@@ -37,7 +37,7 @@ from smoke_checks import (
 )
 
 from megatron_opsd.cli import flags
-from megatron_opsd.run_dir import read_jsonl, read_outcome
+from megatron_opsd.reliability.run_dir import read_jsonl, read_outcome
 
 T = TypeVar("T")
 
@@ -171,14 +171,14 @@ def compare_logits(path: str, dtype: str, out: Path) -> None:
     import torch.distributed as dist
     from transformers import AutoModelForCausalLM
 
-    from megatron_opsd import parallel
-    from megatron_opsd.batch import Sequences
     from megatron_opsd.config import ModelConfig, ParallelConfig
-    from megatron_opsd.conversion.architecture import read_architecture
-    from megatron_opsd.conversion.hf_files import HFReader
-    from megatron_opsd.conversion.load import load_hf
-    from megatron_opsd.conversion.mapping import NameTable
-    from megatron_opsd.model import DTYPES, build_model, layers_in_use, read
+    from megatron_opsd.data.batch import Sequences
+    from megatron_opsd.model import parallel
+    from megatron_opsd.model.gpt import DTYPES, build_model, layers_in_use, read
+    from megatron_opsd.weights.architecture import read_architecture
+    from megatron_opsd.weights.hf_files import HFReader
+    from megatron_opsd.weights.load import load_hf
+    from megatron_opsd.weights.mapping import NameTable
 
     config = ParallelConfig(tensor_model_parallel_size=int(os.environ["WORLD_SIZE"]))
     layout = parallel.initialize(config, seed=0)

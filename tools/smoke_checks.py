@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from megatron_opsd.run_dir import read_jsonl, repeatable_metrics
+from megatron_opsd.reliability.run_dir import read_jsonl, repeatable_metrics
 
 SAVED, LAST = 2, 3  # the checkpoint to resume from, and the last step
 
@@ -45,7 +45,7 @@ def check_logits(errors: Mapping[str, Any]) -> Result:
     limit = MAX_LOGIT_ERROR if dtype == "float32" else MAX_LOGIT_ERROR_FACTOR * theirs
     own = "" if dtype == "float32" else f", transformers' own {theirs:.2e}"
     numbers = f"{errors['layers']}, {dtype}, relative error {ours:.2e}{own}, limit {limit:.2e}"
-    look_at = "megatron_opsd/conversion/tables.py (Transformer Engine's names) and megatron_opsd/model.py"
+    look_at = "megatron_opsd/weights/tables.py (Transformer Engine's names) and megatron_opsd/model/gpt.py"
     return result("logits", ours <= limit, numbers, look_at)  # NaN fails
 
 
@@ -145,7 +145,7 @@ def check_memory(run_dir: Path, expected: Expected) -> list[Result]:
     cache = CACHE.search(log.read_text())
     if not moves or cache is None:
         missing = "no moves in events.jsonl" if not moves else f"no size of vLLM's KV cache in {log}"
-        return [result(name("moves"), False, missing, "megatron_opsd/memory.py")]
+        return [result(name("moves"), False, missing, "megatron_opsd/device_memory.py")]
     kv_cache = float(cache[1])
     wanted = {
         "vLLM off": expected.weights + kv_cache,
@@ -163,12 +163,12 @@ def check_memory(run_dir: Path, expected: Expected) -> list[Result]:
 
 def _check_move(name: str, seen: Sequence[tuple[float, float]], wanted: float) -> Result:
     if len(seen) < LAST:
-        return result(name, False, f"{len(seen)} times in {LAST} steps", "megatron_opsd/memory.py")
+        return result(name, False, f"{len(seen)} times in {LAST} steps", "megatron_opsd/device_memory.py")
     last = seen[1 - LAST :]  # in the first step there are no moments of Adam to move yet
     before, after = min(last, key=lambda pair: (pair[1] - pair[0]) / wanted)
     moved, verb = (after - before, "frees") if wanted > 0 else (before - after, "takes")
     least = 0.9 * abs(wanted) - 0.2  # allocators keep part of a block
     numbers = f"{verb} {moved:.1f} GiB ({before:.1f} to {after:.1f} GiB free), expected {abs(wanted):.1f}"
     return result(
-        name, moved >= least, numbers, "megatron_opsd/memory.py, and vLLM's sleep level 2 in the log of rank 0"
+        name, moved >= least, numbers, "megatron_opsd/device_memory.py, and vLLM's sleep level 2 in the log of rank 0"
     )

@@ -17,8 +17,8 @@ from problems import Addition, as_example, draw, draw_distinct, work_out
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from megatron_opsd.grading import is_correct
-from megatron_opsd.prompts import STUDENT_TEMPLATE, TEACHER_TEMPLATE, PromptBuilder, fill
+from megatron_opsd.data.grading import is_correct
+from megatron_opsd.data.prompts import STUDENT_TEMPLATE, TEACHER_TEMPLATE, PromptBuilder, fill
 from megatron_opsd.types import Example
 
 VOCAB_SIZE = 512

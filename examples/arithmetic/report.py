@@ -16,7 +16,7 @@ from matplotlib.ticker import PercentFormatter
 from rich.console import Console
 from rich.table import Table
 
-from megatron_opsd.run_dir import read_jsonl
+from megatron_opsd.reliability.run_dir import read_jsonl
 
 COLUMNS = 3  # panels in a row of the figure
 

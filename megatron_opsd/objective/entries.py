@@ -32,64 +32,64 @@ FARTHEST = 40.0
 
 
 class Forms(NamedTuple):
-    """The table's columns, and ∂shift/∂log p, so that ∂f/∂log p = slope - shift_slope. jsd has no shift.
+    """The table's columns, and ∂shift/∂log p, so that ∂f/∂log p = dlogp - shift_dlogp. jsd has no shift.
 
     For a gradient, those that its clip does not ask for may be None.
     """
 
-    slope: Tensor
+    dlogp: Tensor
     raw: Tensor | None = None
     value: Tensor | None = None
     shift: Tensor | None = None
-    shift_slope: Tensor | None = None
+    shift_dlogp: Tensor | None = None
 
 
 def entry_forms(p: Tensor, q: Tensor, d: Tensor, spec: Divergence, *, gradient_only: bool = False) -> Forms:
     """The forms of ``spec.kind`` for probabilities p, q and d = log q - log p, all of one shape and dtype.
 
-    d may be infinite but not NaN. ``gradient_only`` leaves out what ``clip_slope`` does not need.
+    d may be infinite but not NaN. ``gradient_only`` leaves out what ``clip_dlogp`` does not need.
     """
     clip_mode = None if spec.clip is None else spec.clip_mode
     needs_raw = not gradient_only or clip_mode in ("entry", "saturate")
     needs_value = not gradient_only or clip_mode == "saturate"
     if spec.kind == "jsd":
-        slope, raw = _jsd_slope_and_raw(p, q, d, spec.beta, needs_raw)
+        dlogp, raw = _jsd_dlogp_and_raw(p, q, d, spec.beta, needs_raw)
         if raw is None or not needs_value:
-            return Forms(slope, raw)
-        return Forms(slope, raw, _join(_series(d, jsd_coefficients(spec.beta, TERMS[d.dtype])).mul_(q), raw, d))
+            return Forms(dlogp, raw)
+        return Forms(dlogp, raw, _join(_series(d, jsd_coefficients(spec.beta, TERMS[d.dtype])).mul_(q), raw, d))
     forward = spec.kind == "forward_kl"
     weight, x = (q, d) if forward else (p, -d)
     raw = (weight * x).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)  # 0 · inf is 0
-    shift_slope = p if forward else -p
+    shift_dlogp = p if forward else -p
     if not (forward or needs_value):
-        return Forms(raw, raw, shift_slope=shift_slope)
+        return Forms(raw, raw, shift_dlogp=shift_dlogp)
     # the other probability - weight, to its own precision where they are close: (q - p)/(q + p) = tanh(d/2)
     shift = (p + q).mul_((x * -0.5).tanh_())
     value = None
     if needs_value:
         value = _join(_series(x, kl_coefficients(TERMS[x.dtype])).mul_(weight), raw + shift, x)
-    return Forms(shift if forward else raw, raw, value, shift, shift_slope)
+    return Forms(shift if forward else raw, raw, value, shift, shift_dlogp)
 
 
-def _jsd_slope_and_raw(p: Tensor, q: Tensor, d: Tensor, beta: float, needs_raw: bool) -> tuple[Tensor, Tensor | None]:
+def _jsd_dlogp_and_raw(p: Tensor, q: Tensor, d: Tensor, beta: float, needs_raw: bool) -> tuple[Tensor, Tensor | None]:
     # Of a and b the one that is smaller near d = 0 comes from a logarithm, the other is d away from it.
     share, near = (beta, d) if beta <= 0.5 else (1 - beta, -d)
     near = near.clamp(-FARTHEST, FARTHEST)
     odds = near.exp().add_(1).mul_((near * 0.5).tanh_())  # expm1, at half of torch's cost
     smaller = odds.mul_(share).log1p_().neg_()
     if beta <= 0.5:
-        slope = (smaller * p).mul_(1 - beta)
-        return slope, torch.addcmul(slope, q, near.add_(smaller), value=beta) if needs_raw else None
-    slope = near.add_(smaller).mul_(p).mul_(1 - beta)
-    return slope, torch.addcmul(slope, q, smaller, value=beta) if needs_raw else None
+        dlogp = (smaller * p).mul_(1 - beta)
+        return dlogp, torch.addcmul(dlogp, q, near.add_(smaller), value=beta) if needs_raw else None
+    dlogp = near.add_(smaller).mul_(p).mul_(1 - beta)
+    return dlogp, torch.addcmul(dlogp, q, smaller, value=beta) if needs_raw else None
 
 
 class Clipped(NamedTuple):
     """The clipped f⁺, its ∂/∂log p, and 1 where the entry lies above the clip."""
 
     value: Tensor
-    slope: Tensor
-    above: Tensor
+    dlogp: Tensor
+    is_clipped: Tensor
 
 
 def clip_entries(forms: Forms, spec: Divergence) -> Clipped:
@@ -102,30 +102,30 @@ def clip_entries(forms: Forms, spec: Divergence) -> Clipped:
     assert forms.value is not None
     # A CPU is slow at counting and multiplying booleans.
     measured = forms.value if spec.clip_mode == "saturate" else forms.raw
-    above = torch.gt(measured, spec.clip, out=torch.empty_like(measured))
+    is_clipped = torch.gt(measured, spec.clip, out=torch.empty_like(measured))
     if forms.shift is not None and spec.clip_mode == "entry":
         value = torch.where(forms.raw > spec.clip, spec.clip + forms.shift, forms.value)
-        return Clipped(value, clip_slope(forms, spec), above)
-    slope = clip_slope(forms, spec)
+        return Clipped(value, clip_dlogp(forms, spec), is_clipped)
+    dlogp = clip_dlogp(forms, spec)
     if spec.clip_mode == "entry":
-        return Clipped(forms.value.clamp_(max=spec.clip), slope, above)
-    return Clipped(forms.value.div_(spec.clip).log1p_().mul_(spec.clip), slope, above)
+        return Clipped(forms.value.clamp_(max=spec.clip), dlogp, is_clipped)
+    return Clipped(forms.value.div_(spec.clip).log1p_().mul_(spec.clip), dlogp, is_clipped)
 
 
-def clip_slope(forms: Forms, spec: Divergence) -> Tensor:
+def clip_dlogp(forms: Forms, spec: Divergence) -> Tensor:
     """∂loss/∂log p of the clipped entries; may write into ``forms``. ``token`` clips and no clip leave it as it is.
 
-    An entry capped by an ``entry`` clip keeps its shift's slope, for the other entries' shifts count on it to cancel.
+    An entry capped by an ``entry`` clip keeps its shift's dlogp, for the other entries' shifts count on it to cancel.
     """
     if spec.clip is None or spec.clip_mode == "token":
-        return forms.slope
+        return forms.dlogp
     if spec.clip_mode == "saturate":
         assert forms.value is not None
-        return forms.slope * (spec.clip / (spec.clip + forms.value))
+        return forms.dlogp * (spec.clip / (spec.clip + forms.value))
     assert forms.raw is not None
-    if forms.shift_slope is None:
-        return forms.slope.mul_(forms.raw.le_(spec.clip))
-    return torch.where(forms.raw > spec.clip, forms.shift_slope, forms.slope)
+    if forms.shift_dlogp is None:
+        return forms.dlogp.mul_(forms.raw.le_(spec.clip))
+    return torch.where(forms.raw > spec.clip, forms.shift_dlogp, forms.dlogp)
 
 
 def _series(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:

@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_opsd.objective.reduction import VocabShard, measure, write_gradient
 from megatron_opsd.objective.spec import Divergence
-from megatron_opsd.objective.statistics import DivergenceOutput, Logits
+from megatron_opsd.objective.types import DivergenceOutput, Logits
 from megatron_opsd.objective.vocab_parallel import check_per_token
 
 
@@ -90,12 +90,12 @@ class _LinearDivergence(torch.autograd.Function):
             student, teacher = student_hidden[rows], teacher_hidden[rows]
             logits = Logits(_matmul(student, head[0].t()), _matmul(teacher, head[1].t()))
             ids = None if token_ids is None else token_ids[rows]
-            output, statistics = measure(logits, spec, shard, vocab_size, ids)
+            output, saved = measure(logits, spec, shard, vocab_size, ids)
             outputs.append(output)
             if any(wanted):
                 same = logits.student.dtype == student.dtype
                 gradient = logits.student if same else torch.empty_like(logits.student, dtype=student.dtype)
-                write_gradient(logits, statistics, token_weights[rows], spec, gradient)
+                write_gradient(logits, saved, token_weights[rows], spec, gradient)
                 gradients.add(start, gradient, student, head[0])
                 del gradient
             del logits  # before the next chunk's are made

@@ -1,4 +1,4 @@
-"""The objective over a vocabulary that is spread over ranks: sweeps over each rank's share, and three collectives."""
+"""The objective over a vocabulary that is spread over ranks: one backend for each device, and three collectives."""
 
 from dataclasses import dataclass
 from types import ModuleType
@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_opsd.objective import torch_sweeps
+from megatron_opsd.objective import backend_torch
 from megatron_opsd.objective.spec import Divergence
-from megatron_opsd.objective.statistics import DivergenceOutput, LocalSums, Logits, Normalizers, Statistics
+from megatron_opsd.objective.types import DivergenceOutput, LocalSums, Logits, Normalizers, SavedForBackward
 
 
 @dataclass(frozen=True)
@@ -36,21 +36,21 @@ class VocabShard:
         return tensor
 
 
-def sweeps(logits: Logits) -> ModuleType:
+def backend(logits: Logits) -> ModuleType:
     """The implementation for the logits' device: both modules offer the same three functions."""
     if not logits.student.is_cuda:
-        return torch_sweeps
-    from megatron_opsd.objective import triton_sweeps  # a machine without a GPU need not have Triton
+        return backend_torch
+    from megatron_opsd.objective import backend_triton  # a machine without a GPU need not have Triton
 
-    return triton_sweeps
+    return backend_triton
 
 
 def measure(
     logits: Logits, spec: Divergence, shard: VocabShard, vocab_size: int, token_ids: Tensor | None
-) -> tuple[DivergenceOutput, Statistics]:
+) -> tuple[DivergenceOutput, SavedForBackward]:
     """Divergence and its companions per token, over the whole vocabulary: three all-reduces."""
     temperatures = (spec.temperature,) if token_ids is None or spec.temperature == 1 else (spec.temperature, 1.0)
-    local: LocalSums = sweeps(logits).normalizer_sums(logits, temperatures)
+    local: LocalSums = backend(logits).normalizer_sums(logits, temperatures)
     maxima = shard.all_reduce(local.maxima.clone(), dist.ReduceOp.MAX)  # first
 
     # A claim on the first place outweighs those of all higher ranks together, so the sum shows who comes first.
@@ -70,14 +70,14 @@ def measure(
     wins = holds & (torch.stack([claims_student, claims_teacher]) < 2 * claim)
 
     parts = [
-        *sweeps(logits).entry_sums(logits, normalizers, spec),
+        *backend(logits).entry_sums(logits, normalizers, spec),
         (wins.all(0) & (local.top_ids[0] == local.top_ids[1])).to(logits.dtype),
     ]
     if token_ids is not None:
         parts += _centered_logits(logits, maxima, token_ids - shard.start)
     sums = shard.all_reduce(torch.stack(parts))  # third
     sums[:4] += 0 * normalizers.sums.sum(0)  # a NaN logit spoils its token
-    unclipped, loss, slope_sum, count, *log_means, agree = sums[:7]
+    unclipped, loss, dlogp_sum, count, *log_means, agree = sums[:7]
     entropies = normalizers.sums.log() - torch.stack(log_means)
 
     logprobs = None, None
@@ -90,17 +90,17 @@ def measure(
         capped = unclipped > spec.clip
         loss, count = unclipped.clamp(max=spec.clip), capped.to(count.dtype)
     output = DivergenceOutput(loss, unclipped, count, entropies[0], entropies[1], agree, logprobs[0], logprobs[1])
-    return output, Statistics(normalizers, slope_sum, capped)
+    return output, SavedForBackward(normalizers, dlogp_sum, capped)
 
 
-def write_gradient(logits: Logits, statistics: Statistics, weights: Tensor, spec: Divergence, out: Tensor) -> None:
+def write_gradient(logits: Logits, saved: SavedForBackward, weights: Tensor, spec: Divergence, out: Tensor) -> None:
     """The gradient of Σ weights · loss to the student's logits into ``out`` [n, width], which may be those logits.
 
     (w/τ)(g - p G). G should vanish where nothing is clipped; p G then cancels the error of the normalizers. A token of
     weight zero, or held constant by its clip, has gradient zero even if its divergence is infinite.
     """
-    scale = torch.where(statistics.capped, 0, weights.to(logits.dtype) / spec.temperature)
-    sweeps(logits).write_gradient(logits, statistics, scale, spec, out)
+    scale = torch.where(saved.capped, 0, weights.to(logits.dtype) / spec.temperature)
+    backend(logits).write_gradient(logits, saved, scale, spec, out)
 
 
 def _rescaled_difference(local: LocalSums, behind: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_opsd.objective.reduction import VocabShard, measure, write_gradient
 from megatron_opsd.objective.spec import Divergence
-from megatron_opsd.objective.statistics import DivergenceOutput, Logits, Normalizers, Statistics
+from megatron_opsd.objective.types import DivergenceOutput, Logits, Normalizers, SavedForBackward
 
 
 def vocab_parallel_divergence(
@@ -75,8 +75,8 @@ class _Divergence(torch.autograd.Function):
         inplace: bool,
     ) -> tuple[Tensor | None, ...]:
         logits = Logits(student_logits[:, : shard.width], teacher_logits[:, : shard.width])
-        output, statistics = measure(logits, spec, shard, vocab_size, token_ids)
-        normalizers, *rest = statistics
+        output, saved = measure(logits, spec, shard, vocab_size, token_ids)
+        normalizers, *rest = saved
         ctx.save_for_backward(student_logits, teacher_logits, *normalizers, *rest)
         ctx.spec, ctx.width, ctx.inplace = spec, shard.width, inplace
         ctx.mark_non_differentiable(*(value for value in output[1:] if value is not None))
@@ -88,8 +88,8 @@ class _Divergence(torch.autograd.Function):
         # A change of saved logits, such as an earlier backward in place, makes this raise.
         student_logits, teacher_logits, maxima, sums, log_ratio, *rest = ctx.saved_tensors
         logits = Logits(student_logits[:, : ctx.width], teacher_logits[:, : ctx.width])
-        statistics = Statistics(Normalizers(maxima, sums, log_ratio), *rest)
+        saved = SavedForBackward(Normalizers(maxima, sums, log_ratio), *rest)
         gradient = student_logits.detach() if ctx.inplace else torch.empty_like(student_logits)
         gradient[:, ctx.width :] = 0
-        write_gradient(logits, statistics, grads[0], ctx.spec, gradient[:, : ctx.width])
+        write_gradient(logits, saved, grads[0], ctx.spec, gradient[:, : ctx.width])
         return gradient, *[None] * 6

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from math import prod
 
 from megatron_opsd.config import Config, ParallelConfig
-from megatron_opsd.conversion.architecture import Architecture
-from megatron_opsd.conversion.tables import FAMILIES
+from megatron_opsd.weights.architecture import Architecture
+from megatron_opsd.weights.tables import FAMILIES
 
 GIB = 2**30
 ELEMENT = {"bfloat16": 2, "float32": 4}

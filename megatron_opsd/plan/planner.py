@@ -5,12 +5,12 @@ from math import prod
 from pathlib import Path
 
 from megatron_opsd.config import Config
-from megatron_opsd.conversion.architecture import Architecture, published_architecture, read_architecture
-from megatron_opsd.conversion.mapping import NameTable
 from megatron_opsd.plan import formulas
 from megatron_opsd.plan.formulas import ELEMENT, GIB
+from megatron_opsd.plan.preflight import check_batch, check_parallel, check_rollout_parallel
 from megatron_opsd.plan.shards import RankBytes, rank_bytes, stage_layers, stage_parameters
-from megatron_opsd.preflight import check_batch, check_parallel, check_rollout_parallel
+from megatron_opsd.weights.architecture import Architecture, published_architecture, read_architecture
+from megatron_opsd.weights.mapping import NameTable
 
 PHASES = ("rollout", "teacher", "student", "optimizer", "refit")
 

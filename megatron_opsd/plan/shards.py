@@ -13,9 +13,9 @@ import torch
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
 from megatron_opsd.config import ModelConfig, ParallelConfig
-from megatron_opsd.conversion.architecture import Architecture
-from megatron_opsd.model import build_model, transformer_config
-from megatron_opsd.parallel import pretended_layout
+from megatron_opsd.model.gpt import build_model, transformer_config
+from megatron_opsd.model.parallel import pretended_layout
+from megatron_opsd.weights.architecture import Architecture
 
 
 @dataclass(frozen=True)

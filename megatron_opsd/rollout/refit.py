@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from torch import Tensor
 
 from megatron_opsd.config import Config
-from megatron_opsd.conversion.export import Exporter, checksum
-from megatron_opsd.conversion.mapping import Shape
+from megatron_opsd.model.student import LossSums
 from megatron_opsd.rollout.engine import Engine, RefitError
-from megatron_opsd.student import LossSums
+from megatron_opsd.weights.export import Exporter, checksum
+from megatron_opsd.weights.mapping import Shape
 
 # Mean absolute difference between vLLM's and Megatron's log-probs of the same tokens that the dtype explains, in nats.
 MAX_LOGPROB_GAP = {"float32": 1e-4, "bfloat16": 0.05}

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 from safetensors.torch import load_file
 
 from megatron_opsd import cli, trainer
-from megatron_opsd.run_dir import read_jsonl, read_outcome, repeatable_metrics
+from megatron_opsd.reliability.run_dir import read_jsonl, read_outcome, repeatable_metrics
 
 from .command_line import Torchrun, arguments
 from .engine import TransformersEngine

@@ -21,16 +21,17 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from megatron_opsd import events, parallel
+from megatron_opsd import events
 from megatron_opsd.config import Config, load_config
-from megatron_opsd.conversion.architecture import read_architecture
-from megatron_opsd.conversion.hf_files import HFReader
-from megatron_opsd.conversion.mapping import NameTable
 from megatron_opsd.errors import AbandonedError, UserError
+from megatron_opsd.model import parallel
+from megatron_opsd.reliability.run_dir import read_jsonl
 from megatron_opsd.rollout import build_engine
 from megatron_opsd.rollout.engine import Engine, NoServerLeftError, Sampling, sample_seed
-from megatron_opsd.run_dir import read_jsonl
 from megatron_opsd.types import Rollout
+from megatron_opsd.weights.architecture import read_architecture
+from megatron_opsd.weights.hf_files import HFReader
+from megatron_opsd.weights.mapping import NameTable
 
 from . import runs
 from .command_line import ARITHMETIC, ROOT, write_problems

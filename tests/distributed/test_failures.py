@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from megatron_opsd.run_dir import read_jsonl, repeatable_metrics
+from megatron_opsd.reliability.run_dir import read_jsonl, repeatable_metrics
 
 from .command_line import ARITHMETIC, write_problems
 from .runs import Run, Way, assert_equal_runs, began_after, complete, outcome, start

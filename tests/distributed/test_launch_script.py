@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_opsd.run_dir import repeatable_metrics
+from megatron_opsd.reliability.run_dir import repeatable_metrics
 
 from .command_line import Torchrun
 from .harness import ROOT

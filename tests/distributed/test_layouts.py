@@ -11,22 +11,23 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from safetensors.torch import load_file, save_file
 
-from megatron_opsd import checkpoint, parallel
-from megatron_opsd.batch import Batch, Sequences, split
 from megatron_opsd.config import CheckpointConfig, Config, ObjectiveConfig, OptimConfig, ParallelConfig, TrainConfig
-from megatron_opsd.conversion.architecture import read_architecture
-from megatron_opsd.conversion.blocks import whole_model
-from megatron_opsd.conversion.convert import hf_to_megatron, megatron_to_hf
-from megatron_opsd.conversion.dist_files import DistReader
-from megatron_opsd.conversion.export import Exporter, checksum
-from megatron_opsd.conversion.hf_files import HFReader, write_hf
-from megatron_opsd.conversion.load import global_parameters, load_hf
-from megatron_opsd.conversion.mapping import NameTable
-from megatron_opsd.model import HiddenStateGPT, build_model
-from megatron_opsd.optim import build_optimizer, build_schedule, optimizer_step
-from megatron_opsd.parallel import Layout
-from megatron_opsd.student import Student
-from megatron_opsd.teacher import Teacher
+from megatron_opsd.convert.blocks import whole_model
+from megatron_opsd.convert.convert import hf_to_megatron, megatron_to_hf
+from megatron_opsd.convert.dist_files import DistReader
+from megatron_opsd.data.batch import Batch, Sequences, split
+from megatron_opsd.model import parallel
+from megatron_opsd.model.gpt import HiddenStateGPT, build_model
+from megatron_opsd.model.optimizer import build_optimizer, build_schedule, optimizer_step
+from megatron_opsd.model.parallel import Layout
+from megatron_opsd.model.student import Student
+from megatron_opsd.model.teacher import Teacher
+from megatron_opsd.reliability import checkpoint
+from megatron_opsd.weights.architecture import read_architecture
+from megatron_opsd.weights.export import Exporter, checksum
+from megatron_opsd.weights.hf_files import HFReader, write_hf
+from megatron_opsd.weights.load import global_parameters, load_hf
+from megatron_opsd.weights.mapping import NameTable
 
 from .harness import run_distributed
 from .tiny import random_samples, write_model

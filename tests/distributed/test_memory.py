@@ -8,20 +8,20 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_opsd import parallel
-from megatron_opsd.batch import Batch, split
 from megatron_opsd.config import Config
-from megatron_opsd.conversion.architecture import read_architecture
-from megatron_opsd.memory import DeviceMemory
-from megatron_opsd.model import build_model
-from megatron_opsd.optim import OptimizerStates, build_optimizer, build_schedule, optimizer_step
-from megatron_opsd.student import Student
-from megatron_opsd.teacher import Teacher
+from megatron_opsd.data.batch import Batch, split
+from megatron_opsd.device_memory import DeviceMemory
+from megatron_opsd.model import parallel
+from megatron_opsd.model.gpt import build_model
+from megatron_opsd.model.optimizer import OptimizerStates, build_optimizer, build_schedule, optimizer_step
+from megatron_opsd.model.student import Student
+from megatron_opsd.model.teacher import Teacher
+from megatron_opsd.weights.architecture import read_architecture
 
 from .harness import run_distributed
 from .tiny import random_samples, write_model
 
-# The table at the top of megatron_opsd/memory.py.
+# The table at the top of megatron_opsd/device_memory.py.
 PHASES = {
     "refit": {"weights"},
     "rollout": {"weights", "KV cache"},

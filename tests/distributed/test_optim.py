@@ -7,15 +7,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_opsd import parallel
 from megatron_opsd.config import Config
-from megatron_opsd.conversion.architecture import read_architecture
-from megatron_opsd.conversion.hf_files import HFReader
-from megatron_opsd.conversion.load import load_hf
-from megatron_opsd.conversion.mapping import NameTable
-from megatron_opsd.model import build_model
-from megatron_opsd.optim import build_optimizer, dithered
-from megatron_opsd.student import Student
+from megatron_opsd.model import parallel
+from megatron_opsd.model.gpt import build_model
+from megatron_opsd.model.optimizer import build_optimizer, dithered
+from megatron_opsd.model.student import Student
+from megatron_opsd.weights.architecture import read_architecture
+from megatron_opsd.weights.hf_files import HFReader
+from megatron_opsd.weights.load import load_hf
+from megatron_opsd.weights.mapping import NameTable
 
 from .harness import run_distributed
 from .tiny import write_model

@@ -9,22 +9,22 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_opsd import parallel
-from megatron_opsd.batch import Batch, Sample, split
 from megatron_opsd.config import load_config
-from megatron_opsd.conversion.architecture import read_architecture
-from megatron_opsd.conversion.hf_files import HFReader
-from megatron_opsd.conversion.load import load_hf
-from megatron_opsd.conversion.mapping import NameTable, Shard
-from megatron_opsd.data import read_examples
+from megatron_opsd.data.batch import Batch, Sample, split
+from megatron_opsd.data.datasets import read_examples
+from megatron_opsd.data.prompts import build_prompts
 from megatron_opsd.evaluate import grade
-from megatron_opsd.model import build_model
-from megatron_opsd.preflight import max_model_len
-from megatron_opsd.prompts import build_prompts
+from megatron_opsd.model import parallel
+from megatron_opsd.model.gpt import build_model
+from megatron_opsd.model.teacher import Teacher
+from megatron_opsd.plan.preflight import max_model_len
+from megatron_opsd.reliability.run_dir import read_jsonl
 from megatron_opsd.rollout import build_engine
 from megatron_opsd.rollout.engine import Sampling
-from megatron_opsd.run_dir import read_jsonl
-from megatron_opsd.teacher import Teacher
+from megatron_opsd.weights.architecture import read_architecture
+from megatron_opsd.weights.hf_files import HFReader
+from megatron_opsd.weights.load import load_hf
+from megatron_opsd.weights.mapping import NameTable, Shard
 
 from .command_line import ARITHMETIC, Torchrun, arguments, python, write_problems
 from .harness import run_distributed

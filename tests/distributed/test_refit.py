@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_opsd import parallel
 from megatron_opsd.config import Config, load_config
-from megatron_opsd.conversion.export import Exporter
-from megatron_opsd.interruption import Interruption
+from megatron_opsd.model import parallel
+from megatron_opsd.reliability.preemption import Interruption
 from megatron_opsd.rollout.engine import Sampling
 from megatron_opsd.rollout.refit import RefitError, refit
 from megatron_opsd.trainer import Trainer
+from megatron_opsd.weights.export import Exporter
 
 from .command_line import ARITHMETIC, Torchrun, write_problems
 from .harness import run_distributed

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from megatron_opsd.run_dir import repeatable_metrics
+from megatron_opsd.reliability.run_dir import repeatable_metrics
 
 from . import runs
 from .command_line import ARITHMETIC, ROOT, python, write_problems

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_opsd.batch import Sample
+from megatron_opsd.data.batch import Sample
 from megatron_opsd.types import Rollout
 
 VOCAB = 500  # no multiple of 128 * TP: the shards are padded

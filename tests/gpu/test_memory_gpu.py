@@ -5,22 +5,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_opsd import events, parallel
-from megatron_opsd.batch import Batch, split
+from megatron_opsd import events
 from megatron_opsd.config import Config, load_config
-from megatron_opsd.conversion.architecture import read_architecture
-from megatron_opsd.conversion.hf_files import HFReader
-from megatron_opsd.conversion.load import load_hf
-from megatron_opsd.conversion.mapping import NameTable
-from megatron_opsd.interruption import Interruption
-from megatron_opsd.model import build_model
-from megatron_opsd.optim import OptimizerStates, build_optimizer, build_schedule, optimizer_step
+from megatron_opsd.data.batch import Batch, split
+from megatron_opsd.model import parallel
+from megatron_opsd.model.gpt import build_model
+from megatron_opsd.model.optimizer import OptimizerStates, build_optimizer, build_schedule, optimizer_step
+from megatron_opsd.model.student import Student
+from megatron_opsd.model.teacher import Teacher
+from megatron_opsd.reliability.preemption import Interruption
+from megatron_opsd.reliability.run_dir import read_jsonl
 from megatron_opsd.rollout.engine import Sampling
 from megatron_opsd.rollout.refit import refit
-from megatron_opsd.run_dir import read_jsonl
-from megatron_opsd.student import Student
-from megatron_opsd.teacher import Teacher
 from megatron_opsd.trainer import Trainer
+from megatron_opsd.weights.architecture import read_architecture
+from megatron_opsd.weights.hf_files import HFReader
+from megatron_opsd.weights.load import load_hf
+from megatron_opsd.weights.mapping import NameTable
 from tests.distributed.command_line import ARITHMETIC, Torchrun, arguments, write_problems
 from tests.distributed.harness import run_distributed
 from tests.distributed.tiny import random_samples, write_model

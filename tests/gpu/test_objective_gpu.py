@@ -1,4 +1,4 @@
-"""The objective on a real GPU: the Triton sweeps at a real vocabulary's size, and the products of linear_divergence."""
+"""The objective on a real GPU: the Triton backend at a real vocabulary, and the products of linear_divergence."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_opsd.objective import Divergence, linear_divergence, reduction, torch_sweeps, vocab_parallel_divergence
+from megatron_opsd.objective import Divergence, backend_torch, linear_divergence, reduction, vocab_parallel_divergence
 from tests.unit.test_objective_reference import SPECS, name_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -33,9 +33,9 @@ def run(student: Tensor, teacher: Tensor, spec: Divergence, **options: Any) -> t
 
 
 def exact(student: Tensor, teacher: Tensor, spec: Divergence) -> tuple[Any, Tensor]:
-    """By the torch sweeps in float64, on the same device."""
+    """By the torch backend in float64, on the same device."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reduction, "sweeps", lambda logits: torch_sweeps)
+        patch.setattr(reduction, "backend", lambda logits: backend_torch)
         return run(student.detach().double().requires_grad_(), teacher.double(), spec)
 
 
@@ -54,7 +54,7 @@ def assert_close(actual: tuple[Any, Tensor], expected: tuple[Any, Tensor], dtype
 
 @pytest.mark.parametrize("spec", SPECS, ids=name_of)
 @pytest.mark.parametrize("dtype", list(ALLOWED), ids=str)
-def test_equals_the_torch_sweeps(spec: Divergence, dtype: torch.dtype) -> None:
+def test_equals_the_torch_backend(spec: Divergence, dtype: torch.dtype) -> None:
     student, teacher = logits_pair(dtype, 0.3)
     expected = exact(student, teacher, spec)
     assert_close(run(student, teacher, spec), expected, dtype)

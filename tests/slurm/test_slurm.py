@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_opsd.run_dir import read_outcome, repeatable_metrics
+from megatron_opsd.reliability.run_dir import read_outcome, repeatable_metrics
 from tests.distributed.runs import assert_equal_runs
 
 from .cluster import Cluster, missing

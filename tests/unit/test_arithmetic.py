@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from megatron_opsd.grading import extract_answer, is_correct
-from megatron_opsd.prompts import PromptBuilder
+from megatron_opsd.data.grading import extract_answer, is_correct
+from megatron_opsd.data.prompts import PromptBuilder
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "arithmetic"

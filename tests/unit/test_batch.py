@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_opsd.batch import SIDES, Batch, Microbatch, Sample, padding_share, split
+from megatron_opsd.data.batch import SIDES, Batch, Microbatch, Sample, padding_share, split
 from megatron_opsd.types import Rollout
 
 

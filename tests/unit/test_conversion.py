@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_opsd.conversion.architecture import read_architecture
-from megatron_opsd.conversion.export import checksum
-from megatron_opsd.conversion.hf_files import HFReader
-from megatron_opsd.conversion.mapping import NameTable
-from megatron_opsd.conversion.tables import FAMILIES
 from megatron_opsd.errors import UserError
+from megatron_opsd.weights.architecture import read_architecture
+from megatron_opsd.weights.export import checksum
+from megatron_opsd.weights.hf_files import HFReader
+from megatron_opsd.weights.mapping import NameTable
+from megatron_opsd.weights.tables import FAMILIES
 from tests.distributed.tiny import write_model
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]

@@ -19,10 +19,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_opsd.cli import main
-from megatron_opsd.conversion import blocks, convert, hf_files
-from megatron_opsd.conversion.architecture import read_architecture
-from megatron_opsd.conversion.convert import hf_to_megatron, megatron_to_hf
-from megatron_opsd.conversion.mapping import NameTable
+from megatron_opsd.convert import blocks, convert
+from megatron_opsd.convert.convert import hf_to_megatron, megatron_to_hf
+from megatron_opsd.weights import hf_files
+from megatron_opsd.weights.architecture import read_architecture
+from megatron_opsd.weights.mapping import NameTable
 from tests.distributed.tiny import write_model
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,15 @@ import pytest
 from transformers import AutoTokenizer
 
 from megatron_opsd.config import DataConfig
-from megatron_opsd.data import Dropped, Sampler, check_data, drop_long, load_examples, read_examples, read_held_out
+from megatron_opsd.data.datasets import (
+    Dropped,
+    check_data,
+    drop_long,
+    load_examples,
+    read_examples,
+    read_held_out,
+)
+from megatron_opsd.data.sampler import Sampler
 from megatron_opsd.errors import UserError
 from megatron_opsd.types import Example
 
@@ -189,7 +197,7 @@ def test_long_rows_are_dropped_counted_and_logged_in_one_line(tmp_path: Path, ca
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     texts = [("1", "2"), ("1" * 9, "2"), ("1", "2" * 9), ("1" * 9, "2" * 9), ("1" * 8, "2" * 8)]
     examples = [Example(i, problem, solution) for i, (problem, solution) in enumerate(texts)]
-    with caplog.at_level(logging.INFO, logger="megatron_opsd.data"):
+    with caplog.at_level(logging.INFO, logger="megatron_opsd.data.datasets"):
         kept, dropped = drop_long(examples, tokenizer, max_problem_tokens=8, max_solution_tokens=8)
     assert [example.index for example in kept] == [0, 4]
     assert dropped == Dropped(long_problems=2, long_solutions=1)

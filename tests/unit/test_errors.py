@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_opsd import preflight
 from megatron_opsd.cli import main
+from megatron_opsd.plan import preflight
 from tests.distributed.harness import Ranks
 from tests.distributed.runs import opsd
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_opsd import grading
-from megatron_opsd.grading import extract_answer, is_correct, reference_answer
+from megatron_opsd.data import grading
+from megatron_opsd.data.grading import extract_answer, is_correct, reference_answer
 
 ROOT = Path(__file__).parents[2]
 
@@ -107,5 +107,5 @@ def test_a_comparer_that_cannot_start_is_an_error_not_a_wrong_answer(monkeypatch
 
 
 def test_grading_loads_no_sympy_in_the_training_process() -> None:
-    code = "import sys, megatron_opsd.grading; sys.exit('sympy' in sys.modules or 'torch' in sys.modules)"
+    code = "import sys, megatron_opsd.data.grading; sys.exit('sympy' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

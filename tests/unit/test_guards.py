@@ -6,7 +6,7 @@ import pytest
 
 from megatron_opsd.config import GuardsConfig
 from megatron_opsd.errors import RunStoppedError
-from megatron_opsd.guards import Guards
+from megatron_opsd.reliability.guards import Guards
 from megatron_opsd.types import Evaluation
 
 

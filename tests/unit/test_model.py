@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from megatron_opsd import model
-from megatron_opsd.model import edge_stage_layers
+from megatron_opsd.model import gpt as model
+from megatron_opsd.model.gpt import edge_stage_layers
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_opsd.objective import Divergence, torch_sweeps, vocab_parallel_divergence
+from megatron_opsd.objective import Divergence, backend_torch, vocab_parallel_divergence
 from megatron_opsd.objective.entries import SERIES_BELOW, entry_forms
 from tests.unit.test_objective_reference import KINDS, SPECS, name_of, reference, reference_logprobs
 
@@ -165,11 +165,11 @@ def test_entries_agree_with_the_table_at_every_distance(spec: Divergence) -> Non
     torch.testing.assert_close(forms.value, (raw + shift).detach(), **scale)
     if spec.kind != "jsd":
         torch.testing.assert_close(forms.shift, shift.detach(), **scale)
-    (slope,) = torch.autograd.grad((raw + shift).sum(), log_p, retain_graph=True)
-    (shift_slope,) = torch.autograd.grad(shift.sum(), log_p)
-    torch.testing.assert_close(forms.slope, slope, **scale)
+    (dlogp,) = torch.autograd.grad((raw + shift).sum(), log_p, retain_graph=True)
+    (shift_dlogp,) = torch.autograd.grad(shift.sum(), log_p)
+    torch.testing.assert_close(forms.dlogp, dlogp, **scale)
     if spec.kind != "jsd":
-        torch.testing.assert_close(forms.shift_slope, shift_slope, **scale)
+        torch.testing.assert_close(forms.shift_dlogp, shift_dlogp, **scale)
 
 
 @each_spec
@@ -283,7 +283,7 @@ def test_tiles_change_nothing(spec: Divergence, at_once: int, monkeypatch: pytes
     student, teacher = logits_pair()
     plain = diverge(student, teacher, spec, VOCAB)
     expected = gradient(plain.loss, student)
-    monkeypatch.setattr(torch_sweeps, "ENTRIES_AT_ONCE", at_once)
+    monkeypatch.setattr(backend_torch, "ENTRIES_AT_ONCE", at_once)
     out = diverge(student, teacher, spec, VOCAB)
     torch.testing.assert_close(out[:6], plain[:6], rtol=0, atol=1e-14)
     torch.testing.assert_close(gradient(out.loss, student), expected, rtol=0, atol=1e-14)
@@ -298,7 +298,7 @@ def test_in_place_the_gradient_takes_the_logits_memory(
     _, teacher = logits_pair(dtype)
     expected = gradient(diverge(hidden @ head, teacher, spec, VOCAB).loss, hidden)
     for at_once in (5 * VOCAB, 10):
-        monkeypatch.setattr(torch_sweeps, "ENTRIES_AT_ONCE", at_once)
+        monkeypatch.setattr(backend_torch, "ENTRIES_AT_ONCE", at_once)
         logits = hidden @ head
         seen: list[Tensor] = []
         logits.register_hook(seen.append)

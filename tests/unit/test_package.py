@@ -14,32 +14,32 @@ from megatron_opsd.config import dump_toml, fields, load_config
 
 PACKAGE = Path(megatron_opsd.__file__).parent
 
-# A module imports only what stands before it, above or to the left. Sub-packages count as one module.
-LAYERS = [
-    ["errors", "types", "events"],
-    ["config"],
-    ["grading", "data", "prompts", "batch", "objective", "conversion", "cpu"],
-    ["parallel"],
-    ["interruption", "run_dir", "guards"],
-    ["preflight", "model", "metrics", "checkpoint"],
-    ["student", "teacher", "optim", "rollout", "evaluate", "plan"],
-    ["watchdog", "memory"],
+# The rooms of docs/architecture.md. A module imports only from rooms that stand before its own, or from its own.
+ROOMS = [
+    ["errors", "types", "events", "config"],
+    ["data", "objective", "weights"],
+    ["compat"],
+    ["model"],
+    ["rollout"],
+    ["reliability", "telemetry"],
+    ["device_memory", "evaluate"],
     ["trainer"],
+    ["plan", "convert"],
     ["cli", "launch", "__main__"],
 ]
-ORDER = [module for layer in LAYERS for module in layer]
+ORDER = [room for rooms in ROOMS for room in rooms]
 
 # What these may import beside the standard library.
 PURE = {
     "objective": {"torch", "triton", "megatron_opsd.objective"},
-    "conversion/mapping.py": {"torch", "megatron_opsd.conversion.architecture", "megatron_opsd.conversion.tables"},
-    "conversion/architecture.py": {
+    "weights/mapping.py": {"torch", "megatron_opsd.weights.architecture", "megatron_opsd.weights.tables"},
+    "weights/architecture.py": {
         "megatron_opsd.errors",
-        "megatron_opsd.conversion.published",
-        "megatron_opsd.conversion.tables",
+        "megatron_opsd.weights.published",
+        "megatron_opsd.weights.tables",
     },
-    "conversion/published.py": set(),
-    "conversion/tables.py": set(),
+    "weights/published.py": set(),
+    "weights/tables.py": set(),
 }
 
 MINIMAL = """
@@ -72,20 +72,20 @@ def package_imports() -> Iterator[tuple[str, str]]:
                 yield str(file.relative_to(PACKAGE)), name
 
 
-def top(name: str) -> str:
+def room(name: str) -> str:
     """`rollout/refit.py` and `megatron_opsd.rollout.refit` both belong to `rollout`."""
     return name.removeprefix("megatron_opsd.").replace("/", ".").removesuffix(".py").split(".")[0]
 
 
-def test_every_module_has_a_place() -> None:
-    modules = {top(str(path.relative_to(PACKAGE))) for path in PACKAGE.rglob("*.py")} - {"__init__"}
+def test_every_module_has_a_room() -> None:
+    modules = {room(str(path.relative_to(PACKAGE))) for path in PACKAGE.rglob("*.py")} - {"__init__"}
     assert modules == set(ORDER)
 
 
 def test_imports_point_one_way() -> None:
     for importing, imported in package_imports():
-        if imported.startswith("megatron_opsd.") and top(imported) != top(importing):
-            assert ORDER.index(top(imported)) < ORDER.index(top(importing)), f"{importing} imports {imported}"
+        if imported.startswith("megatron_opsd.") and room(imported) != room(importing):
+            assert ORDER.index(room(imported)) < ORDER.index(room(importing)), f"{importing} imports {imported}"
 
 
 @pytest.mark.parametrize("part", PURE)
@@ -96,10 +96,10 @@ def test_pure_parts_import_little(part: str) -> None:
             assert allowed, f"{importing} imports {imported}"
 
 
-@pytest.mark.parametrize("name", ["megatron_opsd.cpu", "megatron.core.parallel_state"])
+@pytest.mark.parametrize("name", ["megatron_opsd.compat.cpu", "megatron.core.parallel_state"])
 def test_only_parallel_touches_global_state(name: str) -> None:
     users = {importing for importing, imported in package_imports() if (imported + ".").startswith(f"{name}.")}
-    assert users == {"parallel.py"}
+    assert users == {"model/parallel.py"}
 
 
 def test_configuration_needs_no_torch() -> None:

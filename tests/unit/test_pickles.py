@@ -9,8 +9,8 @@ import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
-from megatron_opsd.conversion import pickles
 from megatron_opsd.errors import UserError
+from megatron_opsd.reliability import pickles
 
 
 class Harm:

@@ -19,22 +19,23 @@ from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
 from megatron.core.dist_checkpointing.mapping import apply_factories
 from torch import Tensor
 
-from megatron_opsd import checkpoint, parallel
-from megatron_opsd import model as model_module
 from megatron_opsd.cli import main
 from megatron_opsd.config import Config, ParallelConfig, load_config
-from megatron_opsd.conversion.architecture import Architecture, published_architecture, read_architecture
-from megatron_opsd.conversion.mapping import NameTable
-from megatron_opsd.conversion.published import PUBLISHED
-from megatron_opsd.model import HiddenStateGPT, build_model
-from megatron_opsd.optim import build_optimizer
+from megatron_opsd.data.prompts import build_prompts, max_model_len
+from megatron_opsd.model import gpt as model_module
+from megatron_opsd.model import parallel
+from megatron_opsd.model.gpt import HiddenStateGPT, build_model
+from megatron_opsd.model.optimizer import build_optimizer
+from megatron_opsd.model.student import Student
 from megatron_opsd.plan import Cluster, make_plan
 from megatron_opsd.plan.formulas import GIB, boundary, layer_saved, longest_sequences
 from megatron_opsd.plan.planner import PHASES, Plan
 from megatron_opsd.plan.remedies import find_remedies
 from megatron_opsd.plan.shards import rank_bytes, stage_parameters
-from megatron_opsd.prompts import build_prompts, max_model_len
-from megatron_opsd.student import Student
+from megatron_opsd.reliability import checkpoint
+from megatron_opsd.weights.architecture import Architecture, published_architecture, read_architecture
+from megatron_opsd.weights.mapping import NameTable
+from megatron_opsd.weights.published import PUBLISHED
 
 from ..distributed.harness import run_distributed
 from ..distributed.tiny import write_model

@@ -8,8 +8,8 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_opsd.config import Config, DataConfig, ModelConfig, PromptsConfig
+from megatron_opsd.data.prompts import STUDENT_TEMPLATE, TEACHER_TEMPLATE, PromptBuilder, build_prompts, fill
 from megatron_opsd.errors import UserError
-from megatron_opsd.prompts import STUDENT_TEMPLATE, TEACHER_TEMPLATE, PromptBuilder, build_prompts, fill
 from megatron_opsd.types import Example
 
 BASE = Path(__file__).parents[2] / "examples" / "arithmetic" / "base"

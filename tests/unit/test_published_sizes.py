@@ -16,13 +16,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
 from megatron_opsd.config import Config, ModelConfig, ParallelConfig
-from megatron_opsd.conversion.architecture import Architecture, read_architecture
-from megatron_opsd.conversion.load import global_parameters, load_hf
-from megatron_opsd.conversion.mapping import NameTable, Shape, Shard
-from megatron_opsd.conversion.published import PUBLISHED
-from megatron_opsd.model import HiddenStateGPT, build_model
-from megatron_opsd.parallel import pretended_layout
-from megatron_opsd.preflight import check_parallel
+from megatron_opsd.model.gpt import HiddenStateGPT, build_model
+from megatron_opsd.model.parallel import pretended_layout
+from megatron_opsd.plan.preflight import check_parallel
+from megatron_opsd.weights.architecture import Architecture, read_architecture
+from megatron_opsd.weights.load import global_parameters, load_hf
+from megatron_opsd.weights.mapping import NameTable, Shape, Shard
+from megatron_opsd.weights.published import PUBLISHED
 
 # Tensor-, pipeline-, expert-parallel sizes and ranks: layers that stages do not share evenly, as many tensor-parallel
 # ranks as there are query groups, experts over more ranks than tensor parallelism has and, in the twins, over fewer.

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from megatron_opsd.metrics import write_jsonl
-from megatron_opsd.run_dir import read_jsonl, read_outcome, repeatable_metrics, write_outcome
+from megatron_opsd.reliability.run_dir import read_jsonl, read_outcome, repeatable_metrics, write_outcome
+from megatron_opsd.telemetry.metrics import write_jsonl
 
 
 def test_text_with_other_line_breaks_stays_one_line(tmp_path: Path) -> None:

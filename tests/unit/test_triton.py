@@ -1,4 +1,4 @@
-"""The Triton sweeps without a GPU: in Triton's interpreter, and through its compiler."""
+"""The Triton backend without a GPU: in Triton's interpreter, and through its compiler."""
 
 import inspect
 import os
@@ -15,12 +15,12 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from megatron_opsd.objective import Divergence, triton_sweeps
+from megatron_opsd.objective import Divergence, backend_triton
 
 CASES = Path(__file__).with_name("triton_cases.py")
 
 
-def test_triton_sweeps_in_the_interpreter() -> None:
+def test_triton_backend_in_the_interpreter() -> None:
     """In a process of its own, for Triton decides at its first import whether it interprets."""
     child = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)],
@@ -37,13 +37,13 @@ def test_triton_sweeps_in_the_interpreter() -> None:
 def test_kernels_compile_for_a_gpu(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For Hopper, which needs none: loads of 16 bytes, and every value in a register."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel = getattr(triton_sweeps, name)
+    kernel = getattr(backend_triton, name)
     spec = Divergence(kind="jsd", clip=0.2)
-    constants = {"DTYPE": tl.float32, "LOWEST": torch.finfo(torch.float32).min, "LANES": triton_sweeps.LANES}
+    constants = {"DTYPE": tl.float32, "LOWEST": torch.finfo(torch.float32).min, "LANES": backend_triton.LANES}
     if name == "_normalizer_kernel":
         constants |= {"TERMS": 12, "TEMPERATURE": 1.1, "SECOND_TEMPERATURE": 1.0}
     else:
-        constants |= triton_sweeps._constants(spec, torch.float32)
+        constants |= backend_triton._constants(spec, torch.float32)
     names = list(inspect.signature(kernel.fn).parameters)
     constants |= dict.fromkeys((each for each in names if each.endswith("_column")), 1)  # as Triton specialises them
     logits = {"student", "teacher"} | ({"out"} if name == "_gradient_kernel" else set())
@@ -58,7 +58,7 @@ def test_kernels_compile_for_a_gpu(name: str, tmp_path: Path, monkeypatch: pytes
         {(i,): [["tt.divisibility", 16]] for i in aligned},
     )
     compiled: Any = triton.compile(
-        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": triton_sweeps.WARPS, "enable_fp_fusion": True}
+        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": backend_triton.WARPS, "enable_fp_fusion": True}
     )
     assert "ld.global.v4.b32" in compiled.asm["ptx"]
     binary = tmp_path / "kernel.cubin"

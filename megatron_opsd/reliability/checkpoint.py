@@ -30,10 +30,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_opsd import events
 from megatron_opsd.config import CheckpointConfig
-from megatron_opsd.conversion import pickles
 from megatron_opsd.errors import UserError
-from megatron_opsd.interruption import serve_parent
-from megatron_opsd.model import HiddenStateGPT
+from megatron_opsd.model.gpt import HiddenStateGPT
+from megatron_opsd.reliability import pickles
+from megatron_opsd.reliability.preemption import serve_parent
 
 T = TypeVar("T")
 

@@ -53,15 +53,15 @@ class EntrySums(NamedTuple):
 
     unclipped: Tensor  # f⁺
     loss: Tensor  # the clipped f⁺; `token` clips act later, on the whole vocabulary's sum
-    slope: Tensor  # g
-    above: Tensor  # how many entries lie above the clip
+    dlogp: Tensor  # g
+    clip_count: Tensor  # how many entries lie above the clip
     log_student: Tensor  # p (logit - maximum) / temperature: the entropy is log(sum) less this
     log_teacher: Tensor
 
 
-class Statistics(NamedTuple):
+class SavedForBackward(NamedTuple):
     """What the gradient needs besides the logits."""
 
     normalizers: Normalizers
-    slope_sum: Tensor  # [n] G = Σ g over the whole vocabulary
+    dlogp_sum: Tensor  # [n] G = Σ g over the whole vocabulary
     capped: Tensor  # [n] tokens whose loss a `token` clip holds constant

@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_opsd import events
 from megatron_opsd.config import Config, dump_toml
-from megatron_opsd.run_dir import complete_lines
+from megatron_opsd.reliability.run_dir import complete_lines
 from megatron_opsd.types import Evaluation, StepResult
 
 if TYPE_CHECKING:

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_opsd.conversion.published import PUBLISHED
-from megatron_opsd.conversion.tables import FAMILIES
 from megatron_opsd.errors import UserError
+from megatron_opsd.weights.published import PUBLISHED
+from megatron_opsd.weights.tables import FAMILIES
 
 # Features that no family's table and no model here has; other values than these are refused.
 _SUPPORTED = {

@@ -9,9 +9,9 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_opsd.batch import Microbatch
-from megatron_opsd.conversion.export import Exporter
-from megatron_opsd.model import HiddenStateGPT, read
+from megatron_opsd.data.batch import Microbatch
+from megatron_opsd.model.gpt import HiddenStateGPT, read
+from megatron_opsd.weights.export import Exporter
 
 
 class Teacher:

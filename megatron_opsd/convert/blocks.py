@@ -9,8 +9,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron_opsd.conversion.mapping import NameTable, Rule, Shape
-from megatron_opsd.conversion.tables import FAMILIES, Row
+from megatron_opsd.weights.mapping import NameTable, Rule, Shape
+from megatron_opsd.weights.tables import FAMILIES, Row
 
 BLOCK_ELEMENTS = 2**25  # 64 MiB in bfloat16; QKV of a layer is one block, whatever its size
 

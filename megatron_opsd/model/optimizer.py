@@ -11,11 +11,11 @@ from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, Distribut
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
-from megatron_opsd import parallel
 from megatron_opsd.config import OptimConfig
-from megatron_opsd.conversion.load import global_parameters
-from megatron_opsd.model import HiddenStateGPT
-from megatron_opsd.student import Student
+from megatron_opsd.model import parallel
+from megatron_opsd.model.gpt import HiddenStateGPT
+from megatron_opsd.model.student import Student
+from megatron_opsd.weights.load import global_parameters
 
 DITHER_PIECE = 1 << 24  # weights, for whose temporaries there is always room
 

@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_opsd.conversion.mapping import Shape
-from megatron_opsd.conversion.output import Output
 from megatron_opsd.errors import UserError
+from megatron_opsd.weights.mapping import Shape
+from megatron_opsd.weights.output import Output
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

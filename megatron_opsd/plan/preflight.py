@@ -7,13 +7,13 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from megatron_opsd import run_dir
 from megatron_opsd.config import Config
-from megatron_opsd.conversion.architecture import Architecture, read_architecture
-from megatron_opsd.data import check_data
+from megatron_opsd.data.datasets import check_data
+from megatron_opsd.data.prompts import SEAM_TOKENS, PromptBuilder, build_prompts, max_model_len
 from megatron_opsd.errors import UserError
-from megatron_opsd.prompts import SEAM_TOKENS, PromptBuilder, build_prompts, max_model_len
+from megatron_opsd.reliability import run_dir
 from megatron_opsd.types import Example
+from megatron_opsd.weights.architecture import Architecture, read_architecture
 
 VLLM_REMEDY = "the rollout engine: pip install 'megatron-opsd[cpu]' or 'megatron-opsd[gpu]'"
 KV_BYTES = {"bfloat16": 2, "float32": 4}

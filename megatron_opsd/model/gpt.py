@@ -24,10 +24,10 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_opsd import parallel
-from megatron_opsd.batch import Sequences
 from megatron_opsd.config import ModelConfig, ParallelConfig
-from megatron_opsd.conversion.architecture import Architecture, MixtureOfExperts
+from megatron_opsd.data.batch import Sequences
+from megatron_opsd.model import parallel
+from megatron_opsd.weights.architecture import Architecture, MixtureOfExperts
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 

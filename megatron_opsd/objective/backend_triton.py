@@ -1,5 +1,5 @@
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportIndexIssue=false
-"""The sweeps over the vocabulary as Triton kernels: what torch_sweeps computes, in one pass over both sides each.
+"""The passes over the vocabulary as Triton kernels: what backend_torch computes, in one pass over both sides each.
 
 One program per token walks along its row in tiles, so a GPU is busy from some hundred tokens on. Reading an entry takes
 as long as about forty instructions. Hence settings and polynomials are constants of the kernels, a probability costs
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megatron_opsd.objective.entries import FARTHEST, jsd_coefficients, kl_coefficients
 from megatron_opsd.objective.spec import Divergence
-from megatron_opsd.objective.statistics import EntrySums, LocalSums, Logits, Normalizers, Statistics
+from megatron_opsd.objective.types import EntrySums, LocalSums, Logits, Normalizers, SavedForBackward
 
 # A tile is LANES lines of 8 entries of each side (8 of bf16 are one 16-byte load), two lines a thread.
 LANES = 256
@@ -35,7 +35,7 @@ LOG_2_E = tl.constexpr(1 / log(2))
 
 
 def normalizer_sums(logits: Logits, temperatures: tuple[float, ...]) -> LocalSums:
-    """First sweep: this rank's maxima, where they stand, and sums of exponentials less its own maxima."""
+    """First pass: this rank's maxima, where they stand, and sums of exponentials less its own maxima."""
     n = len(logits.student)
     values = torch.empty(3 + 2 * len(temperatures), n, dtype=logits.dtype, device=logits.student.device)
     top_ids = torch.empty(2, n, dtype=torch.long, device=values.device)
@@ -50,16 +50,16 @@ def normalizer_sums(logits: Logits, temperatures: tuple[float, ...]) -> LocalSum
 
 
 def entry_sums(logits: Logits, normalizers: Normalizers, spec: Divergence) -> EntrySums:
-    """Second sweep: this rank's sums over entries."""
+    """Second pass: this rank's sums over entries."""
     n = len(logits.student)
     sums = torch.empty(6, n, dtype=logits.dtype, device=logits.student.device)
     _launch(_entry_kernel, logits, *_per_row(normalizers), sums, n, **_constants(spec, logits.dtype))
     return EntrySums(*sums)
 
 
-def write_gradient(logits: Logits, statistics: Statistics, scale: Tensor, spec: Divergence, out: Tensor) -> None:
-    """Third sweep: scale (g - p G) into ``out`` [n, width], which may be the student's logits; 0 where scale [n] is."""
-    per_row = *_per_row(statistics.normalizers), statistics.slope_sum.contiguous(), scale.contiguous()
+def write_gradient(logits: Logits, saved: SavedForBackward, scale: Tensor, spec: Divergence, out: Tensor) -> None:
+    """Third pass: scale (g - p G) into ``out`` [n, width], which may be the student's logits; 0 where scale [n] is."""
+    per_row = *_per_row(saved.normalizers), saved.dlogp_sum.contiguous(), scale.contiguous()
     n = len(logits.student)
     _launch(_gradient_kernel, logits, *per_row, out, *out.stride(), n, **_constants(spec, logits.dtype))
 
@@ -176,7 +176,7 @@ def _entry_kernel(
     top_s, top_t, per_s, per_t, ratio = _per_token(maxima, reciprocals, log_ratio, row, n)
     unclipped = tl.zeros((LANES,), DTYPE)
     loss = tl.zeros((LANES,), DTYPE)
-    slopes = tl.zeros((LANES,), DTYPE)
+    dlogps = tl.zeros((LANES,), DTYPE)
     count = tl.zeros((LANES,), DTYPE)
     log_s = tl.zeros((LANES,), DTYPE)
     log_t = tl.zeros((LANES,), DTYPE)
@@ -186,18 +186,18 @@ def _entry_kernel(
         p, q, d, z_s, z_t = _probabilities(z_s, z_t, top_s, top_t, per_s, per_t, ratio, TEMPERATURE)
         log_s += tl.sum(p * tl.maximum(z_s, LOWEST), 1)  # minus infinity times zero counts as zero
         log_t += tl.sum(q * tl.maximum(z_t, LOWEST), 1)
-        value, clipped, slope, above = _forms(p, q, d, KIND, BETA, CLIP, CLIP_MODE, KL, JSD, LOG1P)
+        value, clipped, dlogp, is_clipped = _forms(p, q, d, KIND, BETA, CLIP, CLIP_MODE, KL, JSD, LOG1P)
         unclipped += tl.sum(value, 1)
-        slopes += tl.sum(slope, 1)
+        dlogps += tl.sum(dlogp, 1)
         if CLIP_MODE != "none":
             loss += tl.sum(clipped, 1)
-            count += tl.sum(tl.where(above, 1.0, 0.0).to(DTYPE), 1)
+            count += tl.sum(tl.where(is_clipped, 1.0, 0.0).to(DTYPE), 1)
     if CLIP_MODE == "none":
         loss = unclipped
     out += row
     tl.store(out, tl.sum(unclipped, 0))
     tl.store(out + n, tl.sum(loss, 0))
-    tl.store(out + 2 * n, tl.sum(slopes, 0))
+    tl.store(out + 2 * n, tl.sum(dlogps, 0))
     tl.store(out + 3 * n, tl.sum(count, 0))
     tl.store(out + 4 * n, tl.sum(log_s, 0) * (1 / TEMPERATURE))
     tl.store(out + 5 * n, tl.sum(log_t, 0) * (1 / TEMPERATURE))
@@ -206,7 +206,7 @@ def _entry_kernel(
 @triton.jit
 def _gradient_kernel(
     student, student_row, student_column, teacher, teacher_row, teacher_column, width,
-    maxima, reciprocals, log_ratio, slope_sum, scale, out, out_row, out_column, n,
+    maxima, reciprocals, log_ratio, dlogp_sum, scale, out, out_row, out_column, n,
     KIND: tl.constexpr, BETA: tl.constexpr, TEMPERATURE: tl.constexpr, CLIP: tl.constexpr, CLIP_MODE: tl.constexpr,
     KL: tl.constexpr, JSD: tl.constexpr, LOG1P: tl.constexpr,
     DTYPE: tl.constexpr, LOWEST: tl.constexpr, LANES: tl.constexpr,
@@ -217,14 +217,14 @@ def _gradient_kernel(
     teacher += row * teacher_row
     out += row * out_row
     top_s, top_t, per_s, per_t, ratio = _per_token(maxima, reciprocals, log_ratio, row, n)
-    total = tl.load(slope_sum + row)
+    total = tl.load(dlogp_sum + row)
     factor = tl.load(scale + row)
     for start in range(0, width, LANES * 8):
         z_s = _load(student, start, width, student_column, DTYPE, LANES)
         z_t = _load(teacher, start, width, teacher_column, DTYPE, LANES)
         p, q, d, z_s, z_t = _probabilities(z_s, z_t, top_s, top_t, per_s, per_t, ratio, TEMPERATURE)
-        _, _, slope, _ = _forms(p, q, d, KIND, BETA, CLIP, CLIP_MODE, KL, JSD, LOG1P)
-        gradient = tl.where(factor == 0, 0.0, factor * (slope - p * total)).to(out.dtype.element_ty)
+        _, _, dlogp, _ = _forms(p, q, d, KIND, BETA, CLIP, CLIP_MODE, KL, JSD, LOG1P)
+        gradient = tl.where(factor == 0, 0.0, factor * (dlogp - p * total)).to(out.dtype.element_ty)
         columns = _columns(start, LANES)
         places = out + columns.to(tl.int64) * out_column
         if start + LANES * 8 <= width:
@@ -306,10 +306,10 @@ def _forms(
     p, q, d, KIND: tl.constexpr, BETA: tl.constexpr, CLIP: tl.constexpr, CLIP_MODE: tl.constexpr,
     KL: tl.constexpr, JSD: tl.constexpr, LOG1P: tl.constexpr,
 ):  # fmt: skip
-    """f⁺, the clipped f⁺ and its slope, and whether the entry lies above the clip; see entries.py."""
+    """f⁺, the clipped f⁺ and its dlogp, and whether the entry lies above the clip; see entries.py."""
     if KIND == "jsd":
-        value, slope = _jsd(p, q, d, BETA, KL, JSD, LOG1P)
-        raw, shift, shift_slope = value, 0.0, 0.0
+        value, dlogp = _jsd(p, q, d, BETA, KL, JSD, LOG1P)
+        raw, shift, shift_dlogp = value, 0.0, 0.0
     else:
         if KIND == "forward_kl":
             weight, other, x = q, p, d
@@ -321,24 +321,24 @@ def _forms(
         shift = tl.where(near, series - raw, other - weight)
         value = tl.where(near, series, raw + shift)
         if KIND == "forward_kl":
-            slope, shift_slope = shift, p
+            dlogp, shift_dlogp = shift, p
         else:
-            slope, shift_slope = raw, -p
-    clipped, above = value, raw > 0
+            dlogp, shift_dlogp = raw, -p
+    clipped, is_clipped = value, raw > 0
     if CLIP_MODE == "entry":
-        above = raw > CLIP
-        clipped = tl.where(above, CLIP + shift, value)
-        slope = tl.where(above, shift_slope, slope)
+        is_clipped = raw > CLIP
+        clipped = tl.where(is_clipped, CLIP + shift, value)
+        dlogp = tl.where(is_clipped, shift_dlogp, dlogp)
     elif CLIP_MODE == "saturate":
-        above = value > CLIP
+        is_clipped = value > CLIP
         clipped = CLIP * _log1p(value * (1 / CLIP), LOG1P)
-        slope *= CLIP / (CLIP + value)
-    return value, clipped, slope, above
+        dlogp *= CLIP / (CLIP + value)
+    return value, clipped, dlogp, is_clipped
 
 
 @triton.jit
 def _jsd(p, q, d, BETA: tl.constexpr, KL: tl.constexpr, JSD: tl.constexpr, LOG1P: tl.constexpr):
-    """f and its slope. Of a and b the one that is smaller near d = 0 comes from a logarithm, the other is d away."""
+    """f and its dlogp. Of a and b the one that is smaller near d = 0 comes from a logarithm, the other is d away."""
     d = tl.minimum(tl.maximum(d, -FAR), FAR)  # no longer NaN
     x = d if BETA <= 0.5 else -d
     odds = tl.where(tl.abs(x) < SERIES_BELOW, x + _series(-x, KL), _exp(x, 1) - 1)
@@ -347,8 +347,8 @@ def _jsd(p, q, d, BETA: tl.constexpr, KL: tl.constexpr, JSD: tl.constexpr, LOG1P
         a, b = x + smaller, smaller
     else:
         a, b = smaller, x + smaller
-    slope = (1 - BETA) * p * b
-    return tl.where(tl.abs(d) < SERIES_BELOW, q * _series(d, JSD), slope + BETA * q * a), slope
+    dlogp = (1 - BETA) * p * b
+    return tl.where(tl.abs(d) < SERIES_BELOW, q * _series(d, JSD), dlogp + BETA * q * a), dlogp
 
 
 @triton.jit

@@ -19,11 +19,12 @@ from collections.abc import Callable
 
 import torch
 
-from megatron_opsd import events, parallel
-from megatron_opsd.optim import OptimizerStates
+from megatron_opsd import events
+from megatron_opsd.model import parallel
+from megatron_opsd.model.optimizer import OptimizerStates
+from megatron_opsd.model.student import Student
+from megatron_opsd.model.teacher import Teacher
 from megatron_opsd.rollout.engine import Engine
-from megatron_opsd.student import Student
-from megatron_opsd.teacher import Teacher
 
 
 class DeviceMemory:

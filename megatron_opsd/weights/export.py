@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_opsd.conversion.load import global_parameters
-from megatron_opsd.conversion.mapping import NameTable, Rule, Shape
+from megatron_opsd.weights.load import global_parameters
+from megatron_opsd.weights.mapping import NameTable, Rule, Shape
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_opsd import cpu
+from megatron_opsd.compat import cpu
 from megatron_opsd.config import ParallelConfig
-from megatron_opsd.conversion.mapping import Shard
 from megatron_opsd.errors import UserError
+from megatron_opsd.weights.mapping import Shard
 
 if not torch.cuda.is_available():
     cpu.install()  # before the first import of Megatron, which looks for CUDA while it is imported

@@ -29,11 +29,11 @@ from torch.distributed.checkpoint.metadata import (
 from torch.storage import TypedStorage, UntypedStorage
 from torch.utils.serialization import config
 
-from megatron_opsd.conversion.blocks import Block
-from megatron_opsd.conversion.mapping import Shape
-from megatron_opsd.conversion.output import Output
-from megatron_opsd.conversion.pickles import read_metadata
+from megatron_opsd.convert.blocks import Block
 from megatron_opsd.errors import UserError
+from megatron_opsd.reliability.pickles import read_metadata
+from megatron_opsd.weights.mapping import Shape
+from megatron_opsd.weights.output import Output
 
 _config: Any = config
 _CONFIG = {

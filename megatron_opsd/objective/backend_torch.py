@@ -1,6 +1,6 @@
-"""The sweeps over the vocabulary in plain torch, for any device: the reference, and what runs on a CPU.
+"""The passes over the vocabulary in plain torch, for any device: the reference, and what runs on a CPU.
 
-A sweep works on a tile of logits at a time, so that only a tile's temporaries exist.
+A pass works on a tile of logits at a time, so that only a tile's temporaries exist.
 """
 
 from collections.abc import Callable, Iterator
@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from megatron_opsd.objective.entries import clip_entries, clip_slope, entry_forms
+from megatron_opsd.objective.entries import clip_dlogp, clip_entries, entry_forms
 from megatron_opsd.objective.spec import Divergence
-from megatron_opsd.objective.statistics import EntrySums, LocalSums, Logits, Normalizers, Statistics
+from megatron_opsd.objective.types import EntrySums, LocalSums, Logits, Normalizers, SavedForBackward
 
 # A CPU keeps the dozen temporaries of a tile this large in its cache.
 ENTRIES_AT_ONCE = 2**17
@@ -20,7 +20,7 @@ GLIBC_KEEPS_BYTES = 31 * 2**20
 
 
 def normalizer_sums(logits: Logits, temperatures: tuple[float, ...]) -> LocalSums:
-    """First sweep: this rank's maxima, where they stand, and sums of exponentials less its own maxima."""
+    """First pass: this rank's maxima, where they stand, and sums of exponentials less its own maxima."""
     n, width = logits.student.shape
     if width == 0:
         nothing = logits.student.new_zeros((2, n), dtype=logits.dtype)
@@ -42,7 +42,7 @@ def normalizer_sums(logits: Logits, temperatures: tuple[float, ...]) -> LocalSum
 
 
 def entry_sums(logits: Logits, normalizers: Normalizers, spec: Divergence) -> EntrySums:
-    """Second sweep: this rank's sums over entries."""
+    """Second pass: this rank's sums over entries."""
     by_entry = spec.clip is not None and spec.clip_mode != "token"
 
     def sums(rows: slice, tile: Logits) -> list[Tensor]:
@@ -57,20 +57,20 @@ def entry_sums(logits: Logits, normalizers: Normalizers, spec: Divergence) -> En
         assert forms.value is not None
         unclipped = forms.value.sum(-1)
         if not by_entry:
-            return [unclipped, unclipped, forms.slope.sum(-1), torch.zeros_like(unclipped), *means]
+            return [unclipped, unclipped, forms.dlogp.sum(-1), torch.zeros_like(unclipped), *means]
         return [unclipped, *(part.sum(-1) for part in clip_entries(forms, spec)), *means]
 
     return EntrySums(*_per_token(logits, sums))
 
 
-def write_gradient(logits: Logits, statistics: Statistics, scale: Tensor, spec: Divergence, out: Tensor) -> None:
-    """Third sweep: scale (g - p G) into ``out`` [n, width], which may be the student's logits; 0 where scale [n] is."""
+def write_gradient(logits: Logits, saved: SavedForBackward, scale: Tensor, spec: Divergence, out: Tensor) -> None:
+    """Third pass: scale (g - p G) into ``out`` [n, width], which may be the student's logits; 0 where scale [n] is."""
     dead = scale == 0
     any_dead = not dead.is_cpu or bool(dead.any())  # asking a GPU would wait for it
     for rows, columns, tile in _tiles(logits):
-        p, q, d, *_ = _probabilities(tile, statistics.normalizers, rows, spec.temperature)
-        slope = clip_slope(entry_forms(p, q, d, spec, gradient_only=True), spec)
-        gradient = torch.addcmul(slope, p, statistics.slope_sum[rows, None], value=-1)
+        p, q, d, *_ = _probabilities(tile, saved.normalizers, rows, spec.temperature)
+        dlogp = clip_dlogp(entry_forms(p, q, d, spec, gradient_only=True), spec)
+        gradient = torch.addcmul(dlogp, p, saved.dlogp_sum[rows, None], value=-1)
         torch.mul(gradient, scale[rows, None], out=out[rows, columns])
         if any_dead:
             out[rows, columns].masked_fill_(dead[rows, None], 0)

@@ -4,8 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_opsd.conversion.hf_files import HFReader
-from megatron_opsd.conversion.mapping import NameTable, Rule, Shard
+from megatron_opsd.weights.hf_files import HFReader
+from megatron_opsd.weights.mapping import NameTable, Rule, Shard
 
 
 def global_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -11,12 +11,12 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_opsd.batch import Microbatch
 from megatron_opsd.config import Config, ObjectiveConfig
-from megatron_opsd.model import HiddenStateGPT, read
+from megatron_opsd.data.batch import Microbatch
+from megatron_opsd.model.gpt import HiddenStateGPT, read
+from megatron_opsd.model.parallel import Layout
 from megatron_opsd.objective import Divergence, linear_divergence
-from megatron_opsd.objective.statistics import DivergenceOutput
-from megatron_opsd.parallel import Layout
+from megatron_opsd.objective.types import DivergenceOutput
 
 
 @dataclass(frozen=True)

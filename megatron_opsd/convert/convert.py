@@ -16,11 +16,12 @@ import torch.distributed as dist
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor
 
-from megatron_opsd.conversion.architecture import read_architecture
-from megatron_opsd.conversion.blocks import Block, whole_model
-from megatron_opsd.conversion.dist_files import DistReader, DistWriter, Places, write_metadata
-from megatron_opsd.conversion.export import checksum
-from megatron_opsd.conversion.hf_files import (
+from megatron_opsd.convert.blocks import Block, whole_model
+from megatron_opsd.convert.dist_files import DistReader, DistWriter, Places, write_metadata
+from megatron_opsd.errors import UserError
+from megatron_opsd.weights.architecture import read_architecture
+from megatron_opsd.weights.export import checksum
+from megatron_opsd.weights.hf_files import (
     SHARD_BYTES,
     HFReader,
     ShardWriter,
@@ -28,8 +29,7 @@ from megatron_opsd.conversion.hf_files import (
     shard_name,
     write_index,
 )
-from megatron_opsd.conversion.mapping import NameTable, Shape
-from megatron_opsd.errors import UserError
+from megatron_opsd.weights.mapping import NameTable, Shape
 
 _AHEAD = 128 * 2**20
 MODEL_FILES = "hf"  # where a converted checkpoint keeps the configuration and the tokenizer

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_opsd.conversion.architecture import Architecture
-from megatron_opsd.conversion.tables import FAMILIES, Row
+from megatron_opsd.weights.architecture import Architecture
+from megatron_opsd.weights.tables import FAMILIES, Row
 
 Shape = tuple[int, ...]
 

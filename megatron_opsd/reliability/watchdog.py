@@ -22,7 +22,7 @@ from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from megatron_opsd import events
 from megatron_opsd.config import TimeoutsConfig
-from megatron_opsd.interruption import Interruption
+from megatron_opsd.reliability.preemption import Interruption
 
 log = logging.getLogger(__name__)
 

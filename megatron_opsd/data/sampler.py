@@ -1,0 +1,73 @@
+"""Which problems each batch draws, in an order that follows from the seed alone."""
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping, Sequence
+
+from megatron_opsd.errors import UserError
+from megatron_opsd.types import Example
+
+
+class Sampler:
+    """Draws batches of examples without end, each epoch in an order of its own.
+
+    The order follows from the seed and the epoch's number alone, so it is the same on every rank and for every
+    parallel layout, and a resumed run goes on where it stopped, even with another batch size. A batch that reaches the
+    end of an epoch is filled up from the next one.
+    """
+
+    def __init__(self, examples: Sequence[Example], seed: int) -> None:
+        if not examples:
+            raise ValueError("a sampler needs at least one example")
+        self._examples = examples
+        self._seed = seed
+        self._digest = _digest(examples)
+        self._start_epoch(0)
+
+    @property
+    def digest(self) -> str:
+        """Identifies the problems and solutions, in their order."""
+        return self._digest
+
+    def next_batch(self, size: int) -> list[Example]:
+        """Return the next `size` examples."""
+        batch: list[Example] = []
+        while len(batch) < size:
+            if self._position == len(self._order):
+                self._start_epoch(self._epoch + 1)
+            drawn = self._order[self._position : self._position + size - len(batch)]
+            batch += [self._examples[index] for index in drawn]
+            self._position += len(drawn)
+        return batch
+
+    def state_dict(self) -> dict[str, int | str]:
+        """Return where the sampler stands, and what identifies its data, as plain JSON values."""
+        return {"epoch": self._epoch, "position": self._position, **self._identity()}
+
+    def load_state_dict(self, state: Mapping[str, int | str]) -> None:
+        """Go on from where a sampler over the same data stood. Raises `UserError` for other data or another seed."""
+        for name, now in self._identity().items():
+            if state[name] != now:
+                raise UserError(
+                    f"cannot resume: the checkpoint's sampler had {name} {state[name]}, this run has {now}; "
+                    "use the first run's data, limits and seed, or start a new run directory"
+                )
+        self._start_epoch(int(state["epoch"]))
+        self._position = int(state["position"])
+
+    def _identity(self) -> dict[str, int | str]:
+        return {"seed": self._seed, "examples": len(self._examples), "digest": self._digest}
+
+    def _start_epoch(self, epoch: int) -> None:
+        self._epoch, self._position = epoch, 0
+        self._order = list(range(len(self._examples)))
+        # A text seed is hashed by Python in a fixed way, on every machine and in every process.
+        random.Random(f"seed {self._seed} epoch {epoch}").shuffle(self._order)
+
+
+def _digest(examples: Sequence[Example]) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps([example.problem, example.solution]).encode())
+    return digest.hexdigest()[:16]
