@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -26,9 +26,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.storage import TypedStorage, UntypedStorage
+from torch.storage import UntypedStorage
 from torch.utils.serialization import config
 
+from megatron_opsd.compat.torch_internals import StorageInfo, load_archive
 from megatron_opsd.convert.blocks import Block
 from megatron_opsd.errors import UserError
 from megatron_opsd.reliability.pickles import read_metadata
@@ -42,7 +43,7 @@ _CONFIG = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-Places = dict[MetadataIndex, _StorageInfo]
+Places = dict[MetadataIndex, StorageInfo]
 
 
 class DistWriter:
@@ -56,10 +57,10 @@ class DistWriter:
         torch.save([None], empty)
         self._empty = self._append(lambda: self._file.write(empty.getbuffer()))
 
-    def _append(self, write: Any) -> _StorageInfo:
+    def _append(self, write: Any) -> StorageInfo:
         start = self._file.tell()
         write()
-        return _StorageInfo(self.name, start, self._file.tell() - start)
+        return StorageInfo(self.name, start, self._file.tell() - start)
 
     def write(self, block: Block, tensor: Tensor) -> None:
         """Write a block; ``tensor`` has its size, layers and experts aside."""
@@ -229,7 +230,7 @@ class DistReader:
         place = self._places[MetadataIndex(key, chunk.offsets)]
         file, mapped = self._open(place.relative_path)
         try:
-            tensor = _read_archive(file, mapped, place, self._tensors[key].properties.dtype)
+            tensor = load_archive(file, mapped, place, self._tensors[key].properties.dtype)
         except (RuntimeError, pickle.UnpicklingError) as error:
             problem = str(error).partition("\n")[0]
             raise UserError(f"{self.path / place.relative_path}: damaged at {place.offset} ({problem})") from error
@@ -244,45 +245,3 @@ class DistReader:
             mapped: Any = UntypedStorage.from_file(str(self.path / name), shared=False, nbytes=size)
             self._files[name] = file, mapped
         return self._files[name]
-
-
-class _Section(io.RawIOBase):
-    """Part of a file as a file."""
-
-    def __init__(self, file: io.FileIO, start: int, length: int) -> None:
-        self._file, self._start, self._length, self._position = file, start, length, 0
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = offset + (0, self._position, self._length)[whence]
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer)[: self._length - self._position]
-        count = os.preadv(self._file.fileno(), [view], self._start + self._position)
-        self._position += count
-        return count
-
-
-def _read_archive(file: io.FileIO, mapped: UntypedStorage, place: _StorageInfo, dtype: torch.dtype) -> Tensor:
-    """What ``torch.load(mmap=True)`` does for a file, for a ``torch.save`` archive somewhere in one."""
-    archive: Any = torch._C.PyTorchFileReader(_Section(file, place.offset, place.length))  # pyright: ignore
-
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module: str, name: str) -> Any:
-            if (module, name) in _ALLOWED or (module == "torch" and name.endswith("Storage")):
-                return super().find_class(module, name)
-            raise pickle.UnpicklingError(f"{module}.{name} is no part of a tensor")
-
-        def persistent_load(self, pid: Any) -> TypedStorage:
-            _, _, key, _, numel = pid
-            at = place.offset + archive.get_record_offset(f"data/{key}")
-            storage = mapped[at : at + numel * dtype.itemsize]
-            return TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)
-
-    return Unpickler(io.BytesIO(archive.get_record("data.pkl"))).load()
-
-
-_ALLOWED = {("torch._utils", "_rebuild_tensor_v2"), ("collections", "OrderedDict")}

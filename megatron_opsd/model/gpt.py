@@ -5,7 +5,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.extensions.transformer_engine import HAVE_TE
-from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -18,12 +17,12 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_opsd.compat.megatron_internals import GPTWithoutLogits, define_te_general_gemm
 from megatron_opsd.config import ModelConfig, ParallelConfig
 from megatron_opsd.data.batch import Sequences
 from megatron_opsd.model import parallel
@@ -76,11 +75,8 @@ class SDPACoreAttention(MegatronModule):
         return out.permute(2, 0, 1, 3).flatten(2)  # [s, b, np*hn]
 
 
-class HiddenStateGPT(GPTModel):
-    """GPTModel whose last stage returns final-normed hidden states, so that whole logits never exist."""
-
-    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return hidden_states  # [s, b, h], or [s/tp, b, h] under sequence parallelism
+class HiddenStateGPT(GPTWithoutLogits):
+    """GPTModel whose last stage returns hidden states, and which hands out the LM head to make logits of them."""
 
     def head_weight(self) -> Tensor:
         """This rank's rows of the LM head [v/tp, h]; only on the last stage."""
@@ -195,7 +191,7 @@ def _layer_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmo
         return get_gpt_layer_with_transformer_engine_spec(
             num_experts=experts, moe_grouped_gemm=experts is not None, qk_layernorm=qk_layernorm
         )
-    moe_utils.te_general_gemm = None  # Megatron leaves the name undefined without Transformer Engine, and reads it
+    define_te_general_gemm()
     layer = get_gpt_layer_local_spec(num_experts=experts, qk_layernorm=qk_layernorm, normalization="RMSNorm")
     parts: Any = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm

@@ -1,16 +1,19 @@
 """Megatron's optimizer and learning-rate schedule."""
 
 import math
-from itertools import chain
-from typing import Any
 from zlib import crc32
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
+from megatron_opsd.compat.megatron_internals import (
+    HAVE_APEX_OR_TE,
+    main_params,
+    moments,
+    repair_checkpoints_of_torch_adam,
+)
 from megatron_opsd.config import OptimConfig
 from megatron_opsd.model import parallel
 from megatron_opsd.model.gpt import HiddenStateGPT
@@ -23,7 +26,7 @@ DITHER_PIECE = 1 << 24  # weights, for whose temporaries there is always room
 def build_optimizer(student: Student, config: OptimConfig) -> MegatronOptimizer:
     """Adam with float32 states (fused where Transformer Engine or Apex is installed, torch's otherwise)."""
     if not HAVE_APEX_OR_TE:
-        _repair_checkpoints_of_torch_adam()
+        repair_checkpoints_of_torch_adam()
     model = student.model.config
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
@@ -57,19 +60,12 @@ def _dither(optimizer: MegatronOptimizer, model: HiddenStateGPT) -> None:
     names: dict[Tensor, str] = {parameter: name for name, parameter in global_parameters(model)}
     if model.share_embeddings_and_output_weights and (model.pre_process or model.post_process):
         names[model.shared_embedding_or_output_weight()] = "embedding"  # the first and the last stage's
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        distributed = isinstance(part, DistributedOptimizer)
-        weights = part.model_float16_groups if distributed else part.float16_groups
-        masters = part.shard_fp32_from_float16_groups if distributed else part.fp32_from_float16_groups
-        for weight, master in zip(chain(*weights), chain(*masters), strict=True):
-            # Ranks that hold the same weight must draw the same numbers (on GPUs: of one model of card).
-            generator = torch.Generator(weight.device).manual_seed(crc32(names[weight].encode()))
-            pieces = weight.detach().flatten().split(DITHER_PIECE)
-            spread = torch.cat([dithered(piece, generator) for piece in pieces])
-            if distributed:
-                own = part._get_model_param_range_map(weight)["param"]
-                spread = spread[own.start : own.end]
-            master.data.copy_(spread.view_as(master))
+    for weight, main_param, own in main_params(optimizer):
+        # Ranks that hold the same weight must draw the same numbers (on GPUs: of one model of card).
+        generator = torch.Generator(weight.device).manual_seed(crc32(names[weight].encode()))
+        pieces = weight.detach().flatten().split(DITHER_PIECE)
+        spread = torch.cat([dithered(piece, generator) for piece in pieces])
+        main_param.data.copy_(spread[own].view_as(main_param))
 
 
 def dithered(weight: Tensor, generator: torch.Generator) -> Tensor:
@@ -131,17 +127,8 @@ class OptimizerStates:
             tensor.data = tensor.to(parallel.device(), non_blocking=True)
 
     def _tensors(self) -> list[Tensor]:
-        parts = getattr(self._optimizer, "chained_optimizers", [self._optimizer])
-        tensors = []
-        for part in parts:
-            # Others that the optimizer steps are views of the model's own parameters.
-            tensors += [parameter for group in part.shard_fp32_from_float16_groups for parameter in group]
-            for group in part.optimizer.param_groups:
-                for parameter in group["params"]:
-                    # Megatron takes an entry, even an empty one, for states that it need not make when it loads.
-                    states = part.optimizer.state.get(parameter, {}).values()
-                    tensors += [state for state in states if torch.is_tensor(state) and state.dim()]
-        return tensors
+        # Others that the optimizer steps are views of the model's own parameters.
+        return [main_param for _, main_param, _ in main_params(self._optimizer)] + moments(self._optimizer)
 
 
 def optimizer_step(
@@ -159,39 +146,3 @@ def optimizer_step(
         optimizer.step()
     schedule.step(1)
     return grad_norm, lr, finite
-
-
-def _repair_checkpoints_of_torch_adam() -> None:
-    """Round-trip torch's Adam through the distributed optimizer's checkpoints (three repairs, see the comments).
-
-    Megatron is written for the fused Adam of Transformer Engine or Apex and takes torch's where neither is installed.
-    """
-    describe_state, load_state_dict = DistributedOptimizer.state_dict, DistributedOptimizer.load_state_dict
-
-    def describe(self: Any) -> dict:
-        for group in self.optimizer.param_groups:  # torch's Adam has no state to load into before its first step
-            for param in group["params"]:
-                if not self.optimizer.state[param]:
-                    self.optimizer.state[param] = {
-                        "step": torch.tensor(0.0),
-                        "exp_avg": torch.zeros_like(param),
-                        "exp_avg_sq": torch.zeros_like(param),
-                    }
-        return describe_state(self)
-
-    def load(self: Any, state_dict: dict) -> None:
-        load_state_dict(self, state_dict)
-        for param_state in self.optimizer.state.values():  # Megatron restores one shared tensor, and torch's Adam
-            param_state["step"] = param_state["step"].clone()  # would count it up once for each parameter
-
-    @torch.no_grad()
-    def set_states(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
-        group, order = self.model_param_group_index_map[model_param]
-        main_param = self.optimizer.param_groups[group]["params"][order]
-        for key, target in {"param": main_param, **self.optimizer.state[main_param]}.items():
-            if key != "step":  # only torch's Adam has it in the state; Megatron keeps it in the group
-                target.copy_(tensors[key])
-
-    DistributedOptimizer.state_dict = describe
-    DistributedOptimizer.load_state_dict = load
-    DistributedOptimizer._set_main_param_and_optimizer_states = set_states

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_opsd.compat import cpu
+from megatron_opsd.compat.torch_internals import join_pretended_group
 from megatron_opsd.config import ParallelConfig
 from megatron_opsd.errors import UserError
 from megatron_opsd.weights.mapping import Shard
@@ -110,9 +111,7 @@ def _build_groups(config: ParallelConfig, create_gloo_process_groups: bool = Tru
 @contextmanager
 def pretended_layout(rank: int, world_size: int, config: ParallelConfig) -> Iterator[Layout]:
     """The groups as one rank of a cluster would see them, in a single process; collectives send nothing."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    join_pretended_group(rank, world_size)
     try:
         layout = _build_groups(config, create_gloo_process_groups=False)
         seed_everything(0)

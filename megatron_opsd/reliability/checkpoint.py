@@ -23,12 +23,12 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_opsd import events
+from megatron_opsd.compat.megatron_internals import report_through
 from megatron_opsd.config import CheckpointConfig
 from megatron_opsd.errors import UserError
 from megatron_opsd.model.gpt import HiddenStateGPT
@@ -204,14 +204,10 @@ def _on_rank_0(action: Callable[[], T]) -> T:
 
 
 def _start_results_queue() -> None:
-    """Start the process through which Megatron's writers report.
-
-    Megatron's own would end by the signals that SLURM sends to all processes of a job, in the middle of the save that
-    they ask for, and would outlive a rank that is killed.
-    """
+    """Start the process through which Megatron's writers report. It is deaf to the signals that ask for a save."""
     manager = SyncManager(ctx=get_context("spawn"))
     manager.start(serve_parent)
-    filesystem_async._results_queue = manager.Queue()
+    report_through(manager)
 
 
 def _make_room(staging: Path) -> None:

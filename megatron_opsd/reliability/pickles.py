@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
+from megatron_opsd.compat.torch_internals import StorageInfo
 from megatron_opsd.errors import UserError
 
 _CLASSES = {
@@ -65,7 +65,7 @@ def check(path: Path) -> None:
     """
     metadata = read_metadata(path)
     _load(path / "common.pt", 0, None)
-    places: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
+    places: dict[MetadataIndex, StorageInfo] = metadata.storage_data
     for index, place in places.items():
         if isinstance(metadata.state_dict_metadata[index.fqn], BytesStorageMetadata):
             _load(path / place.relative_path, place.offset, place.length)

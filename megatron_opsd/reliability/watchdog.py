@@ -18,9 +18,9 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from megatron_opsd import events
+from megatron_opsd.compat.torch_internals import rendezvous_store
 from megatron_opsd.config import TimeoutsConfig
 from megatron_opsd.reliability.preemption import Interruption
 
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 POST_SECONDS = 1.0
 SILENT_SECONDS = 6.0  # a rank that posts nothing for so long is stopped, dead, or holds Python's lock
 _DONE = -1
-PACKAGE = str(Path(__file__).parent)
+PACKAGE = str(Path(__file__).parents[1])
 
 
 class Watchdog:
@@ -41,7 +41,7 @@ class Watchdog:
         self._main = threading.main_thread().ident or 0
         self._posts = 0
         self.enter("start")
-        self._store = PrefixStore("watchdog", _get_default_store())
+        self._store = rendezvous_store("watchdog")
         self._store.set_timeout(timedelta(seconds=2 * SILENT_SECONDS))
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         first = self._rank - int(os.environ["LOCAL_RANK"])

@@ -11,18 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_opsd.compat.vllm_internals import after_reload, before_reload, repair_shared_memory, sleeping_bytes
 from megatron_opsd.config import Config
 from megatron_opsd.errors import AbandonedError
 from megatron_opsd.rollout.engine import RefitError, Sampling
-from megatron_opsd.rollout.vllm_setup import (
-    after_reload,
-    before_reload,
-    engine_arguments,
-    prepare_environment,
-    repair_shared_memory,
-    sampling_arguments,
-    sleeping_bytes,
-)
+from megatron_opsd.rollout.vllm_setup import engine_arguments, prepare_environment, sampling_arguments
 from megatron_opsd.types import Rollout
 
 if TYPE_CHECKING:

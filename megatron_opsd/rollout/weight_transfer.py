@@ -19,8 +19,8 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from megatron_opsd.compat.vllm_internals import after_reload, before_reload
 from megatron_opsd.rollout.channel import TIMEOUT_SECONDS, as_bytes, receive_into
-from megatron_opsd.rollout.vllm_setup import after_reload, before_reload
 
 
 @dataclass

@@ -1,0 +1,67 @@
+"""What is patched or private in vLLM. Written for 0.32; tests/unit/test_compat.py says when to look again.
+
+Nothing is imported from vLLM before a function is called, so that vLLM's environment is there first.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def before_reload(model: nn.Module, model_config: Any) -> None:
+    """Call before each reload of all weights.
+
+    A reload that broke off leaves layers half loaded, and their tensors would count towards this one: they are dropped.
+    On CPU, vLLM packs the experts when it first makes their kernel, but copies those of a reload in unpacked: without
+    its kernel a layer takes them as its first.
+    """
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+    finalize_layerwise_reload(model, model_config)
+    if torch.cuda.is_available():
+        return
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+    for module in model.modules():
+        if isinstance(module, UnquantizedFusedMoEMethod):
+            module.moe_kernel = None
+
+
+def after_reload(model: nn.Module) -> None:
+    """Call after each reload: on CPU, vLLM packs a copy of the head, stale where the embedding is the head."""
+    if not torch.cuda.is_available():
+        head = model.get_submodule("lm_head")
+        head.quant_method.process_weights_after_loading(head)  # type: ignore[union-attr, operator]
+
+
+def repair_shared_memory() -> None:
+    """On CPU, let several runs share a machine. Call before an engine of several ranks starts in its own processes.
+
+    vLLM 0.32 names the memory that the ranks of an engine share after the ranks alone, if torchrun started them, and a
+    killed run leaves it behind. The next run then fails. Here the name has the run's port, and goes once all have it.
+    """
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+
+    join = _CPUSHMDistributed._init_cpu_shm
+
+    def join_and_unlink(self: Any) -> int:
+        self.group_name = os.environ["MASTER_PORT"] + self.group_name.lstrip("/")
+        handle = join(self)  # its last act is a barrier
+        Path(f"/dev/shm/{self.group_name}_{self.communicator.rank}").unlink(missing_ok=True)
+        return handle
+
+    _CPUSHMDistributed._init_cpu_shm = join_and_unlink
+
+
+def sleeping_bytes() -> int:
+    """Bytes of vLLM's memory pools that sleep in this process: torch's allocator knows nothing of that."""
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    allocator = CuMemAllocator.get_instance()
+    asleep = {address for address, allocation in allocator.pointer_to_data.items() if allocation.is_asleep}
+    pools = [pool for entries in allocator.allocator_and_pools.values() for pool, _ in entries]
+    segments = (segment for pool in pools for segment in pool.snapshot())
+    return sum(segment["allocated_size"] for segment in segments if segment["address"] in asleep)
