@@ -31,7 +31,7 @@ from megatron_opsd.data.batch import Batch, Microbatch, Sample, split
 from megatron_opsd.data.datasets import read_examples
 from megatron_opsd.data.prompts import build_prompts, max_model_len
 from megatron_opsd.model import parallel
-from megatron_opsd.model.gpt import HiddenStateGPT, build_model, read
+from megatron_opsd.model.gpt import HiddenStateGPT, build_model, forward
 from megatron_opsd.model.optimizer import build_optimizer, build_schedule, dithered, optimizer_step
 from megatron_opsd.model.student import Student
 from megatron_opsd.model.teacher import Teacher
@@ -106,7 +106,7 @@ class Study:
             Batch(samples), config.train.micro_batch_size, self.layout.dp_group, "token", parallel.device()
         )
         self.teacher = Teacher(self._load(config.model.path), "resident")
-        self.targets = self.teacher.score(self.microbatches)
+        self.teacher_hidden = self.teacher.score(self.microbatches)
         self.student = Student(self._load(student or config.model.path), self.layout, config, self.arch.vocab_size)
         self.start = [parameter.detach().clone() for parameter in self.student.model.parameters()]
 
@@ -118,7 +118,7 @@ class Study:
     def backward(self, part: slice = slice(None)) -> dict[str, float]:
         """Gradients of the student's objective on some micro-batches into the gradient buffer; returns the metrics."""
         head = self.teacher.head_weight()
-        return self.student.forward_backward(self.microbatches[part], head, self.targets[part]).means()
+        return self.student.forward_backward(self.microbatches[part], head, self.teacher_hidden[part]).means()
 
     def gradient(self) -> Tensor:
         """A copy of the gradient buffer."""
@@ -152,7 +152,7 @@ class Study:
     def measure(self, part: slice = slice(None), kinds: Sequence[Kind] = KINDS) -> dict[str, float]:
         """Means over the tokens of some micro-batches: the unclipped divergences, both entropies, agreement."""
         sums: dict[str, Tensor] = {}
-        for microbatch, target in zip(self.microbatches[part], self.targets[part], strict=True):
+        for microbatch, target in zip(self.microbatches[part], self.teacher_hidden[part], strict=True):
             hidden = self._hidden(microbatch)
             for kind in kinds:
                 _, out = linear_divergence(
@@ -195,7 +195,7 @@ class Study:
             hidden.backward(slopes)
 
     def _hidden(self, microbatch: Microbatch) -> Tensor:
-        hidden = read(self.student.ddp, microbatch.student)
+        hidden = forward(self.student.ddp, microbatch.student)
         return self.student.model.head_input(hidden).flatten(0, 1)[microbatch.student.index]  # [n, h]
 
 

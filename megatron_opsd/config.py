@@ -53,7 +53,7 @@ class ModelConfig(Section):
 class TeacherConfig(Section):
     placement: Literal["resident", "offload"] = "resident"
     """`offload` keeps the teacher's weights, but for its LM head, in pinned host memory while it is not scoring."""
-    sees: Literal["solution", "shuffled", "nothing"] = "solution"
+    context: Literal["solution", "shuffled", "nothing"] = "solution"
     """`solution` is the method. Controls: `shuffled`, another problem's solution; `nothing`, the student's prompt."""
 
 

@@ -28,19 +28,19 @@ def evaluate(
     prompts: PromptBuilder,
     examples: Sequence[Example],
     config: Config,
-    give_up: Callable[[], bool] = lambda: False,
+    should_abort: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Answer every example once greedily and ``evaluate.samples`` times sampled. All ranks call this together."""
     settings = config.evaluate
     limit = settings.max_response_tokens or config.rollout.max_response_tokens
     ids = [prompts.student(example) for example in examples]
-    rollouts = engine.generate(ids, Sampling(limit, temperature=0.0), [0] * len(ids), give_up)
+    rollouts = engine.generate(ids, Sampling(limit, temperature=0.0), [0] * len(ids), should_abort)
     repeated = [i for i in range(len(ids)) for _ in range(settings.samples)]
     rollouts += engine.generate(
         [ids[i] for i in repeated],
         Sampling(limit, settings.temperature, settings.top_p, settings.top_k),
         [sample_seed(config.train.seed, 0, i) for i in range(len(repeated))],
-        give_up,
+        should_abort,
     )
     asked = [*examples, *(examples[i] for i in repeated)]
     right = grade(rollouts, asked, prompts.tokenizer, settings.answer_check)

@@ -26,7 +26,7 @@ from megatron_opsd.model.student import Student
 from megatron_opsd.model.teacher import Teacher
 from megatron_opsd.reliability import checkpoint, run_dir
 from megatron_opsd.reliability.guards import Guards
-from megatron_opsd.reliability.preemption import Interruption
+from megatron_opsd.reliability.preemption import PreemptionHandler
 from megatron_opsd.reliability.watchdog import Watchdog
 from megatron_opsd.rollout import build_engine
 from megatron_opsd.rollout.engine import NoServerLeftError, Sampling, sample_seed
@@ -48,9 +48,9 @@ SAVE_MARGIN = 1.5  # how much longer than the last save the next may take
 class Trainer:
     """All that a run needs, built in the order that finds mistakes first. ``step`` is the algorithm."""
 
-    def __init__(self, config: Config, layout: parallel.Layout, interruption: Interruption) -> None:
-        self.config, self.layout, self.interruption = config, layout, interruption
-        self.watchdog = Watchdog(config.timeouts, interruption)
+    def __init__(self, config: Config, layout: parallel.Layout, preemption: PreemptionHandler) -> None:
+        self.config, self.layout, self.preemption = config, layout, preemption
+        self.watchdog = Watchdog(config.timeouts, preemption)
         self.run_dir = Path(config.logging.run_dir)
         resume_from = checkpoint.find(self.run_dir, config.checkpoint.resume)
         self.checkpoints = checkpoint.Checkpoints(self.run_dir, config.checkpoint)
@@ -91,16 +91,16 @@ class Trainer:
         with clock.phase("rollout"):
             examples = self._next_examples()
             rollouts = self._generate(examples, late)
-        self._give_up_if(late)
+        self._abort_if(late)
         batch = self._build_batch(examples, rollouts)
         microbatches = split(
             batch, config.train.micro_batch_size, layout.dp_group, config.objective.normalization, parallel.device()
         )
         with clock.phase("teacher"):
-            targets = self.teacher.score(microbatches)
-        self._give_up_if(late)
+            teacher_hidden = self.teacher.score(microbatches)
+        self._abort_if(late)
         with clock.phase("student"):
-            losses = self.student.forward_backward(microbatches, self.teacher.head_weight(), targets)
+            losses = self.student.forward_backward(microbatches, self.teacher.head_weight(), teacher_hidden)
         check_logprob_gap(losses, rollouts[0].weight_version, config)
         with clock.phase("optimizer"):
             grad_norm, lr, updated = optimizer_step(self.optimizer, self.schedule, losses.means()["loss"])
@@ -132,7 +132,7 @@ class Trainer:
     def evaluate(self, examples: Sequence[Example]) -> Evaluation:
         """Accuracy of the student's weights as the engine holds them."""
         self._enter("evaluate")
-        evaluation = evaluate(self.engine, self.prompts, examples, self.config, lambda: self.interruption.received)
+        evaluation = evaluate(self.engine, self.prompts, examples, self.config, lambda: self.preemption.received)
         self.evaluated = self.steps_done
         return evaluation
 
@@ -204,9 +204,9 @@ class Trainer:
         """Whether a signal has come that leaves this rank too little time to finish the step and save after it."""
         step = max(0.0, self._step_seconds - clock.elapsed())
         save = SAVE_MARGIN * self.checkpoints.seconds if self.config.checkpoint.save_interval else 0.0
-        return self.interruption.late(step + save)
+        return self.preemption.late(step + save)
 
-    def _give_up_if(self, late: Callable[[], bool]) -> None:
+    def _abort_if(self, late: Callable[[], bool]) -> None:
         if parallel.any_rank(late()):
             raise AbandonedError("could not end in time")
 
@@ -238,10 +238,10 @@ class Trainer:
         return Batch(samples, skip, multiple, one_length, packing)
 
     def _teacher_prompts(self, examples: Sequence[Example]) -> list[list[int]]:
-        sees = self.config.teacher.sees
-        if sees == "nothing":
+        context = self.config.teacher.context
+        if context == "nothing":
             return [self.prompts.student(example) for example in examples]
-        if sees == "shuffled":
+        if context == "shuffled":
             k = self.config.rollout.samples_per_prompt  # neighbours share a problem
             others = [*examples[k:], *examples[:k]]
             examples = [replace(x, solution=other.solution) for x, other in zip(examples, others, strict=True)]
@@ -256,7 +256,7 @@ class Trainer:
 def train(config: Config) -> None:
     """Run until ``train.steps``, or until a signal. Every rank of the run calls this."""
     layout = parallel.initialize(config.parallel, config.train.seed)
-    interruption = Interruption(config.checkpoint.signal_lead_seconds)
+    preemption = PreemptionHandler(config.checkpoint.signal_lead_seconds)
     folder = Path(config.logging.run_dir)
     if layout.rank == 0:
         run_dir.prepare(folder)
@@ -268,7 +268,7 @@ def train(config: Config) -> None:
     if config.evaluate.data and config.evaluate.interval:
         tokenizer = build_prompts(config).tokenizer
         held_out = read_held_out(config.evaluate.data, tokenizer)[: config.evaluate.limit]
-    trainer = Trainer(config, layout, interruption)
+    trainer = Trainer(config, layout, preemption)
     with MetricsWriter(config, trainer.prompts.tokenizer, trainer.steps_done, enabled=layout.rank == 0) as writer:
         events.record("start", step=trainer.steps_done, world_size=layout.world_size, layers=layers_in_use())
         if trainer.steps_done:
@@ -300,7 +300,7 @@ def run(trainer: Trainer, held_out: Sequence[Example], writer: MetricsWriter) ->
                 writer.warn(trainer.guards.evaluation(done, evaluation))
             if done == last:
                 break
-            if parallel.any_rank(trainer.interruption.received):
+            if parallel.any_rank(trainer.preemption.received):
                 raise AbandonedError("not begun")
             if is_due(done, saves) and trainer.saved < done:
                 attempt(trainer.save, writer)
@@ -310,7 +310,7 @@ def run(trainer: Trainer, held_out: Sequence[Example], writer: MetricsWriter) ->
             writer.step(result)
             writer.warn(trainer.guards.step(result.metrics))
     except AbandonedError as reason:
-        broken_off = f"{trainer.interruption.name}, the next step {reason}"
+        broken_off = f"{trainer.preemption.name}, the next step {reason}"
     except NoServerLeftError as reason:
         broken_off = str(reason)
     except RunStoppedError:

@@ -174,7 +174,7 @@ def compare_logits(path: str, dtype: str, out: Path) -> None:
     from megatron_opsd.config import ModelConfig, ParallelConfig
     from megatron_opsd.data.batch import Sequences
     from megatron_opsd.model import parallel
-    from megatron_opsd.model.gpt import DTYPES, build_model, layers_in_use, read
+    from megatron_opsd.model.gpt import DTYPES, build_model, forward, layers_in_use
     from megatron_opsd.weights.architecture import read_architecture
     from megatron_opsd.weights.hf_files import HFReader
     from megatron_opsd.weights.load import load_hf
@@ -188,7 +188,7 @@ def compare_logits(path: str, dtype: str, out: Path) -> None:
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(arch.vocab_size, (2, 128), generator=generator).to(parallel.device())
     with torch.no_grad():
-        hidden = read(model.eval(), Sequences(tokens, tokens[0], None))
+        hidden = forward(model.eval(), Sequences(tokens, tokens[0], None))
         local = (model.head_input(hidden) @ model.head_weight().T).contiguous()  # [s, b, v/tp]
         shards = [torch.empty_like(local) for _ in range(layout.tp_group.size())]
         dist.all_gather(shards, local, group=layout.tp_group)

@@ -229,7 +229,7 @@ def build_model(
     return gpt
 
 
-def read(model: torch.nn.Module, sequences: Sequences) -> Tensor:
+def forward(model: torch.nn.Module, sequences: Sequences) -> Tensor:
     """What the stage makes of one side of a micro-batch, [s, b, h], or [s/tp, b, h] under sequence parallelism."""
     tokens, boundaries = sequences.tokens, sequences.boundaries
     # Of right-padded sequences; where they are packed, the boundaries say where the rotation begins anew.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_opsd.config import Config, ObjectiveConfig
 from megatron_opsd.data.batch import Microbatch
-from megatron_opsd.model.gpt import HiddenStateGPT, read
+from megatron_opsd.model.gpt import HiddenStateGPT, forward
 from megatron_opsd.model.parallel import Layout
 from megatron_opsd.objective import Divergence, linear_divergence
 from megatron_opsd.objective.types import DivergenceOutput
@@ -101,18 +101,18 @@ class Student:
         model.config.no_sync_func = self.ddp.no_sync
 
     def forward_backward(
-        self, microbatches: Sequence[Microbatch], teacher_head: Tensor | None, targets: Sequence[Tensor]
+        self, microbatches: Sequence[Microbatch], teacher_head: Tensor | None, teacher_hidden: Sequence[Tensor]
     ) -> LossSums:
         """Gradients of the global batch's mean divergence, summed over ranks and divided once, into ``main_grad``.
 
-        teacher_head, targets: the teacher's LM head [v/tp, h] and its hidden states of each micro-batch [n, h];
+        teacher_head, teacher_hidden: the teacher's LM head [v/tp, h] and its hidden states of each micro-batch [n, h];
         None and empty but on the last stage.
         Returns the loss and its diagnostics over the global batch, on every rank.
         """
         self.ddp.zero_grad_buffer()
         self.ddp.train()
         b, length = microbatches[0].student.tokens.shape  # for a pipeline, in which they all have one shape
-        work = zip(microbatches, targets or [None] * len(microbatches), strict=True)
+        work = zip(microbatches, teacher_hidden or [None] * len(microbatches), strict=True)
         reports = get_forward_backward_func()(
             forward_step_func=partial(self._forward_step, teacher_head),
             data_iterator=work,
@@ -127,11 +127,11 @@ class Student:
     def _forward_step(
         self, teacher_head: Tensor | None, work: Iterator[tuple[Microbatch, Tensor]], model: DistributedDataParallel
     ) -> tuple[Tensor, partial]:
-        microbatch, target = next(work)
-        return read(model, microbatch.student), partial(self._loss, microbatch, target, teacher_head)
+        microbatch, teacher_hidden = next(work)
+        return forward(model, microbatch.student), partial(self._loss, microbatch, teacher_hidden, teacher_head)
 
     def _loss(
-        self, microbatch: Microbatch, target: Tensor, teacher_head: Tensor | None, hidden: Tensor
+        self, microbatch: Microbatch, teacher_hidden: Tensor, teacher_head: Tensor | None, hidden: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Sum of the weighted divergences, the count Megatron divides by, and what is logged."""
         assert teacher_head is not None
@@ -139,7 +139,7 @@ class Student:
         loss, out = linear_divergence(
             whole.flatten(0, 1)[microbatch.student.index],  # [n, h]
             self.model.head_weight(),
-            target,
+            teacher_hidden,
             teacher_head,
             microbatch.token_weights,
             self.divergence,

@@ -10,7 +10,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_opsd.data.batch import Microbatch
-from megatron_opsd.model.gpt import HiddenStateGPT, read
+from megatron_opsd.model.gpt import HiddenStateGPT, forward
 from megatron_opsd.weights.export import Exporter
 
 
@@ -42,7 +42,7 @@ class Teacher:
 
     def _forward_step(self, work: Iterator[Microbatch], model: HiddenStateGPT) -> tuple[Tensor, partial]:
         microbatch = next(work)
-        return read(model, microbatch.teacher), partial(self._select, microbatch)
+        return forward(model, microbatch.teacher), partial(self._select, microbatch)
 
     def _select(self, microbatch: Microbatch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         selected = self.model.head_input(hidden).flatten(0, 1)[microbatch.teacher.index]  # [n, h]

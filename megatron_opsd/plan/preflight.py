@@ -176,8 +176,8 @@ def check_batch(config: Config, world_size: int | None) -> None:
         check_installed("nemo", "train.packing's planner: pip install 'megatron-opsd[nemo]', or set it to false")
     size, samples = config.train.global_batch_size, config.rollout.samples_per_prompt
     _check_divides("rollout.samples_per_prompt", samples, "train.global_batch_size", size)
-    if config.teacher.sees == "shuffled" and size == samples:
-        raise UserError("teacher.sees = 'shuffled' needs two problems a step; raise train.global_batch_size")
+    if config.teacher.context == "shuffled" and size == samples:
+        raise UserError("teacher.context = 'shuffled' needs two problems a step; raise train.global_batch_size")
     if world_size is not None:
         model = config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
         dp, micro = world_size // model, config.train.micro_batch_size

@@ -26,7 +26,7 @@ def serve_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-class Interruption:
+class PreemptionHandler:
     """Listens for signals from its construction on. What it says is this rank's own; the ranks agree elsewhere."""
 
     def __init__(self, signal_lead_seconds: float) -> None:

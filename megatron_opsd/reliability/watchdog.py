@@ -22,7 +22,7 @@ import torch.distributed as dist
 from megatron_opsd import events
 from megatron_opsd.compat.torch_internals import rendezvous_store
 from megatron_opsd.config import TimeoutsConfig
-from megatron_opsd.reliability.preemption import Interruption
+from megatron_opsd.reliability.preemption import PreemptionHandler
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +35,9 @@ PACKAGE = str(Path(__file__).parents[1])
 class Watchdog:
     """``enter`` each phase; the thread does the rest. The run ends with status 1 and no outcome: it may be resumed."""
 
-    def __init__(self, limits: TimeoutsConfig, interruption: Interruption) -> None:
+    def __init__(self, limits: TimeoutsConfig, preemption: PreemptionHandler) -> None:
         self._limits = {name: 60 * minutes for name, minutes in limits.model_dump().items()}
-        self._interruption = interruption
+        self._preemption = preemption
         self._main = threading.main_thread().ident or 0
         self._posts = 0
         self.enter("start")
@@ -68,8 +68,8 @@ class Watchdog:
             if seconds > self._limits[phase]:
                 self._end(f"the phase {phase!r} has taken {seconds:.0f} s (timeouts.{phase} = {self._minutes(phase)})")
             # TERM also comes where torchrun ends the neighbours of a rank that died, and NCCL would wait for that one.
-            if self._interruption.received and self._silent(self._neighbours):
-                self._end(f"after {self._interruption.name} there is nothing to wait for")
+            if self._preemption.received and self._silent(self._neighbours):
+                self._end(f"after {self._preemption.name} there is nothing to wait for")
 
     def _minutes(self, phase: str) -> str:
         return f"{self._limits[phase] / 60:g} minutes"

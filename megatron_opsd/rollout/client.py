@@ -43,7 +43,7 @@ class ServerClient:
         self._channel: Channel | None = None
 
     @property
-    def living(self) -> bool:
+    def healthy(self) -> bool:
         """Whether it has taken part in all of the last refit and has not failed since."""
         return self._channel is not None
 

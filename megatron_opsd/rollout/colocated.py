@@ -44,7 +44,7 @@ class ColocatedVLLM:
         prompts: Sequence[list[int]],
         sampling: Sampling,
         seeds: Sequence[int],
-        give_up: Callable[[], bool] = lambda: False,
+        should_abort: Callable[[], bool] = lambda: False,
     ) -> list[Rollout]:
         assert self._version >= 0, "refit before the first token"
         from vllm import SamplingParams
@@ -55,7 +55,7 @@ class ColocatedVLLM:
             [SamplingParams(**sampling_arguments(sampling, seed)) for seed in seeds[own]],
             use_tqdm=False,
         )
-        rollouts = self._run(requests, give_up)
+        rollouts = self._run(requests, should_abort)
         # One rank speaks for each engine; all ranks get all rollouts.
         gathered: list[list[Rollout] | None] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, rollouts if self._rank_in_engine == 0 or rollouts is None else [])
@@ -64,14 +64,14 @@ class ColocatedVLLM:
         by_engine = [part or [] for part in gathered][:: dist.get_world_size() // self._engines]
         return [by_engine[i % self._engines][i // self._engines] for i in range(len(prompts))]
 
-    def _run(self, requests: list[str], give_up: Callable[[], bool]) -> list[Rollout] | None:
+    def _run(self, requests: list[str], should_abort: Callable[[], bool]) -> list[Rollout] | None:
         """The rollouts of all requests in their order; None where they were given up, by all ranks of this engine."""
         engine, outputs = self._llm.llm_engine, []
         for step in itertools.count():
             if not engine.has_unfinished_requests():
                 return [self._rollout(output.outputs[0]) for output in sorted(outputs, key=lambda o: int(o.request_id))]
             # The ranks of an engine must do the same at the same step, so they ask one another, but not too often.
-            leave = give_up() if self._group is None else step % 16 == 0 and _any(give_up(), self._group)
+            leave = should_abort() if self._group is None else step % 16 == 0 and _any(should_abort(), self._group)
             if leave:
                 engine.abort_request(requests, internal=True)
                 return None

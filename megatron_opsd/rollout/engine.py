@@ -35,15 +35,15 @@ class Engine(Protocol):
         prompts: Sequence[list[int]],
         sampling: Sampling,
         seeds: Sequence[int],
-        give_up: Callable[[], bool] = lambda: False,
+        should_abort: Callable[[], bool] = lambda: False,
     ) -> list[Rollout]:
         """One rollout a prompt, in order, the same list on every rank.
 
         seeds: one a prompt; a rollout depends on its prompt, seed and the weights, not on its neighbours.
-        give_up: asked now and then, on each rank.
+        should_abort: asked now and then, on each rank.
 
         Raises:
-            AbandonedError: on all ranks, where ``give_up`` was true on one and rollouts were still missing.
+            AbandonedError: on all ranks, where ``should_abort`` was true on one and rollouts were still missing.
         """
         ...
 

@@ -63,13 +63,13 @@ class ServedVLLM(AlwaysAwake):
         prompts: Sequence[list[int]],
         sampling: Sampling,
         seeds: Sequence[int],
-        give_up: Callable[[], bool] = lambda: False,
+        should_abort: Callable[[], bool] = lambda: False,
     ) -> list[Rollout]:
         assert self._version >= 0, "refit before the first token"
         if not self._is_client:
-            while not any(self._agree(give_up(), done=False)):  # rank 0 asks every POLL_SECONDS
+            while not any(self._agree(should_abort(), done=False)):  # rank 0 asks every POLL_SECONDS
                 pass
-        return self._together(lambda: self._generate(prompts, sampling, seeds, give_up))
+        return self._together(lambda: self._generate(prompts, sampling, seeds, should_abort))
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         self._version = -1  # until the whole set has arrived
@@ -108,9 +108,9 @@ class ServedVLLM(AlwaysAwake):
             raise outcome[1]
         return outcome[0]
 
-    def _agree(self, give_up: bool, done: bool) -> tuple[bool, bool]:
+    def _agree(self, should_abort: bool, done: bool) -> tuple[bool, bool]:
         """Whether any rank gives up, and whether rank 0 is done. All ranks call this together."""
-        flags = torch.tensor([give_up, done], dtype=torch.int32)
+        flags = torch.tensor([should_abort, done], dtype=torch.int32)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group)
         return bool(flags[0]), bool(flags[1])
 
@@ -145,7 +145,7 @@ class ServedVLLM(AlwaysAwake):
         await asyncio.gather(*(one(server) for server in servers))
 
     def _living(self) -> list[ServerClient]:
-        return [server for server in self._servers if server.living]
+        return [server for server in self._servers if server.healthy]
 
     def _lose(self, server: ServerClient, failure: ServerError, unfinished: int = 0) -> None:
         server.close()
@@ -161,12 +161,12 @@ class ServedVLLM(AlwaysAwake):
             raise NoServerLeftError(f"no rollout server is left: {what}")
 
     async def _generate(
-        self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int], give_up: Callable[[], bool]
+        self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int], should_abort: Callable[[], bool]
     ) -> list[Rollout]:
         work = asyncio.create_task(self._write_all(prompts, sampling, seeds))
         while not work.done():
             await asyncio.wait((work,), timeout=POLL_SECONDS)
-            leave, done = self._agree(give_up(), work.done())
+            leave, done = self._agree(should_abort(), work.done())
             if leave and not done:
                 work.cancel()
                 await asyncio.wait((work,))
@@ -174,7 +174,7 @@ class ServedVLLM(AlwaysAwake):
         return work.result()
 
     async def _write_all(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Rollout]:
-        """Spread the prompts over the living servers; those of a server that fails go to the others."""
+        """Spread the prompts over the healthy servers; those of a server that fails go to the others."""
         rollouts: dict[int, Rollout] = {}
         waiting = deque(range(len(prompts)))
         running: dict[asyncio.Task[Any], tuple[ServerClient, int]] = {}

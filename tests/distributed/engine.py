@@ -28,13 +28,13 @@ class TransformersEngine(AlwaysAwake):
         prompts: Sequence[list[int]],
         sampling: Sampling,
         seeds: Sequence[int],
-        give_up: Callable[[], bool] = lambda: False,
+        should_abort: Callable[[], bool] = lambda: False,
     ) -> list[Rollout]:
         assert self._version >= 0, "refit before the first token"
         rank, world_size = dist.get_rank(), dist.get_world_size()
         own: list[Rollout] | None = []
         for prompt, seed in list(zip(prompts, seeds, strict=True))[rank::world_size]:
-            if give_up():
+            if should_abort():
                 own = None
                 break
             own.append(self._write(prompt, sampling, seed))

@@ -186,16 +186,18 @@ def check_reading(folder: Path, path: str, saved: dict[str, torch.Tensor]) -> No
             assert torch.equal(part, saved[f"{name} after the step"][block.start : block.stop]), name
 
 
-def check_logits(teacher: Teacher, targets: list[torch.Tensor], microbatches: list, path: str, layout: Layout) -> None:
+def check_logits(
+    teacher: Teacher, teacher_hidden: list[torch.Tensor], microbatches: list, path: str, layout: Layout
+) -> None:
     """Logits at the response positions equal transformers' within 1e-5."""
     if not layout.is_last_stage:
-        assert targets == []
+        assert teacher_hidden == []
         return
     from transformers import AutoModelForCausalLM
 
     reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     vocab = reference.config.vocab_size
-    for microbatch, hidden in zip(microbatches, targets, strict=True):
+    for microbatch, hidden in zip(microbatches, teacher_hidden, strict=True):
         local = (hidden @ teacher.head_weight().T).contiguous()  # [n, v/tp]
         shards = [torch.empty_like(local) for _ in range(layout.tp_group.size())]
         dist.all_gather(shards, local, group=layout.tp_group)
@@ -244,12 +246,12 @@ class Run:
             config.objective.normalization,
             parallel.device(),
         )
-        self.targets = self.teacher.score(self.microbatches)
+        self.teacher_hidden = self.teacher.score(self.microbatches)
 
     def step(self) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
         """Gradients as whole tensors (none where the optimizer shards them), and all logged numbers."""
         head = self.teacher.head_weight()
-        losses = self.student.forward_backward(self.microbatches, head, self.targets)
+        losses = self.student.forward_backward(self.microbatches, head, self.teacher_hidden)
         grads = {} if self.case.distributed_optimizer else gradients(self.student, self.path, self.layout)
         grads = {name: grad.clone() for name, grad in grads.items()}
         grad_norm, _, updated = optimizer_step(self.optimizer, self.schedule, losses.means()["loss"])
@@ -264,7 +266,7 @@ class Run:
 def compute(case: Case, path: str, layout: Layout, tmp: str) -> None:
     """One step: logits, gradients, updated weights and numbers."""
     run = Run(case, path, layout)
-    check_logits(run.teacher, run.targets, run.microbatches, path, layout)
+    check_logits(run.teacher, run.teacher_hidden, run.microbatches, path, layout)
     grads, numbers = run.step()
     tensors = grads | run.weights()
     reference = Path(tmp) / f"{Path(path).name}_{case.normalization}"

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_opsd.config import Config, load_config
 from megatron_opsd.model import parallel
-from megatron_opsd.reliability.preemption import Interruption
+from megatron_opsd.reliability.preemption import PreemptionHandler
 from megatron_opsd.rollout.engine import Sampling
 from megatron_opsd.rollout.refit import RefitError, refit
 from megatron_opsd.trainer import Trainer
@@ -63,7 +63,7 @@ def arithmetic(run_dir: str) -> Config:
 
 def build(run_dir: str) -> Trainer:
     config = arithmetic(run_dir)
-    return Trainer(config, parallel.initialize(config.parallel, seed=0), Interruption(signal_lead_seconds=60))
+    return Trainer(config, parallel.initialize(config.parallel, seed=0), PreemptionHandler(signal_lead_seconds=60))
 
 
 def worker(run_dir: str) -> None:

@@ -13,7 +13,7 @@ from megatron_opsd.model.gpt import build_model
 from megatron_opsd.model.optimizer import OptimizerStates, build_optimizer, build_schedule, optimizer_step
 from megatron_opsd.model.student import Student
 from megatron_opsd.model.teacher import Teacher
-from megatron_opsd.reliability.preemption import Interruption
+from megatron_opsd.reliability.preemption import PreemptionHandler
 from megatron_opsd.reliability.run_dir import read_jsonl
 from megatron_opsd.rollout.engine import Sampling
 from megatron_opsd.rollout.refit import refit
@@ -51,10 +51,10 @@ class Parts:
         self.states = OptimizerStates(self.optimizer, config.optim)
         batch = Batch(random_samples(8), 1, 1, False, False)
         self.microbatches = split(batch, 2, layout.dp_group, "token", parallel.device())
-        self.targets = self.teacher.score(self.microbatches)
+        self.teacher_hidden = self.teacher.score(self.microbatches)
 
     def backward(self) -> None:
-        losses = self.student.forward_backward(self.microbatches, self.teacher.head_weight(), self.targets)
+        losses = self.student.forward_backward(self.microbatches, self.teacher.head_weight(), self.teacher_hidden)
         self.loss = losses.means()["loss"]
 
     def step(self) -> None:
@@ -130,7 +130,7 @@ def move_teacher(path: str) -> None:
         parts.teacher.load()
         assert all(parameter.is_cuda for parameter in others)
         scores = parts.teacher.score(parts.microbatches)
-        assert all(torch.equal(score, was) for score, was in zip(scores, parts.targets, strict=True))
+        assert all(torch.equal(score, was) for score, was in zip(scores, parts.teacher_hidden, strict=True))
 
 
 def free() -> int:
@@ -160,7 +160,7 @@ def sleep_and_wake(path: str, folder: str) -> None:
     from vllm.device_allocator.cumem import CuMemAllocator
 
     config = load_config(str(ARITHMETIC / "opsd.toml"), settings(path, folder))
-    trainer = Trainer(config, parallel.initialize(config.parallel, seed=0), Interruption(signal_lead_seconds=60))
+    trainer = Trainer(config, parallel.initialize(config.parallel, seed=0), PreemptionHandler(signal_lead_seconds=60))
 
     def answers() -> list[list[int]]:
         return [rollout.token_ids for rollout in trainer.engine.generate(PROMPTS, Sampling(8, temperature=0.0), [0, 0])]
