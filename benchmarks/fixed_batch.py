@@ -37,10 +37,9 @@ from megatron_opsd.model.student import Student
 from megatron_opsd.model.teacher import Teacher
 from megatron_opsd.objective import Divergence, linear_divergence
 from megatron_opsd.objective.spec import Kind
-from megatron_opsd.reliability.run_dir import read_jsonl
+from megatron_opsd.reliability.run_dir import read_jsonl, write_jsonl
 from megatron_opsd.rollout import build_engine
 from megatron_opsd.rollout.engine import Sampling, sample_seed
-from megatron_opsd.telemetry.metrics import write_jsonl
 from megatron_opsd.types import Rollout
 from megatron_opsd.weights.architecture import read_architecture
 from megatron_opsd.weights.hf_files import HFReader
@@ -102,9 +101,9 @@ class Study:
             )
             for line in read_jsonl(batch)
         ]
-        self.microbatches = split(
-            Batch(samples), config.train.micro_batch_size, self.layout.dp_group, "token", parallel.device()
-        )
+        whole = Batch(samples)
+        assignment = whole.assign(config.train.micro_batch_size, 1)
+        self.microbatches = split(whole, assignment, 0, "token", parallel.device())
         self.teacher = Teacher(self._load(config.model.path), "resident")
         self.teacher_hidden = self.teacher.score(self.microbatches)
         self.student = Student(self._load(student or config.model.path), self.layout, config, self.arch.vocab_size)

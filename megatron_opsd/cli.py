@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_opsd.config import Config, add_overrides, fields, load_config
 from megatron_opsd.errors import UserError
-from megatron_opsd.reliability.run_dir import write_outcome
+from megatron_opsd.reliability.run_dir import RunDir
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -86,13 +86,13 @@ def _preflight(config: Config, train: bool) -> None:
 def _train(config: Config, _: argparse.Namespace) -> None:
     try:
         _preflight(config, train=True)
-        from megatron_opsd.trainer import train
+        from megatron_opsd.run import train
 
         train(config)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             with contextlib.suppress(OSError):  # the mistake may be that there is no such folder
-                write_outcome(Path(config.logging.run_dir), "stopped", str(error))
+                RunDir(config.logging.run_dir).write_outcome("stopped", str(error))
         raise
 
 

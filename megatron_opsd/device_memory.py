@@ -28,21 +28,51 @@ from megatron_opsd.rollout.engine import Engine
 
 
 class DeviceMemory:
-    """Moves things when a phase begins. Each move is an event with its seconds and the memory that is free after it."""
+    """Each method makes room for a phase and brings what it needs. Each move is an event, with its seconds."""
 
     def __init__(self, engine: Engine, teacher: Teacher, student: Student, states: OptimizerStates) -> None:
         self._engine, self._teacher, self._student, self._states = engine, teacher, student, states
-        self._offloads_gradients = states.offloads
-        self._phase = "refit"
+        self._training = False  # something of a step that vLLM has no room for may be on the device
         self._peak = 0  # bytes
+        self._seconds = 0.0
 
-    def enter(self, phase: str) -> None:
-        """Make room for ``phase`` and bring what it needs."""
-        self._peak = max(self._peak, self._phase_peak())
-        self._make_room(phase)
-        self._phase = phase
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+    def for_rollout(self) -> None:
+        """Also for evaluations."""
+        self._begin_phase()
+        self._move("KV cache on", self._engine.wake_up_kv_cache)
+
+    def for_teacher(self) -> None:
+        self._begin_phase()
+        self._training = True
+        self._move("vLLM off", self._engine.sleep)
+        self._move("teacher on", self._teacher.load)
+
+    def for_student(self) -> None:
+        self._begin_phase()
+        self._move("teacher off", self._teacher.offload)
+        if self._states.offloads:
+            self._move("gradients on", self._student.ddp.restore_grad_buffers)
+
+    def for_optimizer(self) -> None:
+        self._begin_phase()
+        self._move("optimizer states on", self._states.load)
+
+    def for_refit(self) -> None:
+        self._begin_phase()
+        self._clear()
+        self._move("vLLM's weights on", self._engine.wake_up_weights)
+
+    def for_exit(self) -> None:
+        """Room for vLLM, whose memory must be awake when the process ends; a step may have been given up half-way."""
+        self._begin_phase()
+        if self._training:
+            self._move("teacher off", self._teacher.offload)
+            self._clear()
+
+    def take_seconds(self) -> float:
+        """Seconds of the moves since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
     def peak_gib(self) -> float:
         """Peak memory since the start: what training and vLLM held on the GPU, or the process's on a CPU."""
@@ -50,35 +80,23 @@ class DeviceMemory:
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         return max(self._peak, self._phase_peak()) / 2**30
 
+    def _begin_phase(self) -> None:
+        self._peak = max(self._peak, self._phase_peak())
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
     def _phase_peak(self) -> int:
         """Bytes since the phase began. The allocator also counts vLLM's pools while they sleep and hold no memory."""
         if not torch.cuda.is_available():
             return 0
         return torch.cuda.max_memory_allocated(parallel.device()) - self._engine.sleeping_bytes()
 
-    def _make_room(self, phase: str) -> None:
-        match phase:
-            case "rollout" | "evaluate":
-                self._move("KV cache on", self._engine.wake_up_kv_cache)
-            case "teacher":
-                self._move("vLLM off", self._engine.sleep)
-                self._move("teacher on", self._teacher.load)
-            case "student":
-                self._move("teacher off", self._teacher.offload)
-                if self._offloads_gradients:
-                    self._move("gradients on", self._student.ddp.restore_grad_buffers)
-            case "optimizer":
-                self._move("optimizer states on", self._states.load)
-            case "refit":
-                self._move("optimizer states off", self._states.offload)
-                if self._offloads_gradients:
-                    self._move("gradients off", self._student.ddp.offload_grad_buffers)
-                self._move("vLLM's weights on", self._engine.wake_up_weights)
-            case "end" if self._phase in ("teacher", "student", "optimizer"):  # a step was given up half-way
-                self._move("teacher off", self._teacher.offload)
-                self._move("optimizer states off", self._states.offload)
-                if self._offloads_gradients:
-                    self._move("gradients off", self._student.ddp.offload_grad_buffers)
+    def _clear(self) -> None:
+        """What training alone needs goes."""
+        self._move("optimizer states off", self._states.offload)
+        if self._states.offloads:
+            self._move("gradients off", self._student.ddp.offload_grad_buffers)
+        self._training = False
 
     def _move(self, what: str, move: Callable[[], None]) -> None:
         if not torch.cuda.is_available():
@@ -86,9 +104,10 @@ class DeviceMemory:
             return
         before, start = _free_gib(), time.perf_counter()
         move()
-        after = _free_gib()
-        seconds = round(time.perf_counter() - start, 3)
-        events.record("move", what=what, seconds=seconds, free_gib=[round(before, 2), round(after, 2)])
+        after, seconds = _free_gib(), time.perf_counter() - start
+        self._seconds += seconds
+        free_gib = [round(before, 2), round(after, 2)]
+        events.record("move", what=what, seconds=round(seconds, 3), free_gib=free_gib)
 
 
 def _free_gib() -> float:

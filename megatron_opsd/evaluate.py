@@ -11,9 +11,10 @@ from megatron_opsd.data.datasets import read_held_out
 from megatron_opsd.data.grading import Method, is_correct
 from megatron_opsd.data.prompts import PromptBuilder, build_prompts, max_model_len
 from megatron_opsd.model import parallel
+from megatron_opsd.reliability.run_dir import RunDir, write_jsonl
 from megatron_opsd.rollout import build_engine
 from megatron_opsd.rollout.engine import Engine, Sampling, sample_seed
-from megatron_opsd.telemetry.metrics import format_scores, start_logging, write_jsonl
+from megatron_opsd.telemetry.metrics import format_scores, start_logging
 from megatron_opsd.types import Evaluation, Example, Rollout
 from megatron_opsd.weights.architecture import read_architecture
 from megatron_opsd.weights.hf_files import HFReader
@@ -92,7 +93,7 @@ def evaluate_checkpoint(config: Config, out: Path | None) -> Evaluation:
     assert config.evaluate.data
     timeout = config.parallel.timeout_minutes
     layout = parallel.initialize(ParallelConfig(timeout_minutes=timeout), config.train.seed)
-    start_logging(Path(config.logging.run_dir), layout.rank, "evaluate")
+    start_logging(RunDir(config.logging.run_dir), layout.rank, "evaluate")
     prompts = build_prompts(config)
     examples = read_held_out(config.evaluate.data, prompts.tokenizer)[: config.evaluate.limit]
     expected = NameTable(read_architecture(config.model.path)).hf_tensors()

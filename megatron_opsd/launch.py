@@ -18,7 +18,7 @@ from typing import NoReturn
 from megatron_opsd import cli
 from megatron_opsd.config import Config, add_overrides, load_config
 from megatron_opsd.errors import UserError
-from megatron_opsd.reliability.run_dir import write_outcome
+from megatron_opsd.reliability.run_dir import RunDir
 
 
 def main(recipe: str, model: str = "", problems: str = "", settings: Mapping[str, str] | None = None) -> None:
@@ -112,7 +112,7 @@ def _leave(run_dir: Path, error: BaseException | None, message: str = "") -> NoR
             print(message, file=sys.stderr, flush=True)
         if "RANK" in os.environ:
             run_dir.mkdir(parents=True, exist_ok=True)
-            write_outcome(run_dir, "stopped", str(error or "a mistake in the command line"))
+            RunDir(run_dir).write_outcome("stopped", str(error or "a mistake in the command line"))
     elif message:
         time.sleep(3)  # torchrun ends local rank 0 when another one has left: not before it has spoken
     sys.exit(2)

@@ -1,7 +1,18 @@
 """The records that travel through one training step. No torch here: configuration and data tools import it too."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
+
+
+class Phase(StrEnum):
+    """The parts of a step, in their order: metrics, ``[timeouts]``, events and the plan call them so."""
+
+    ROLLOUT = "rollout"
+    TEACHER = "teacher"
+    STUDENT = "student"
+    OPTIMIZER = "optimizer"
+    REFIT = "refit"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,3 +73,19 @@ class Evaluation:
     def scores(self) -> dict[str, float]:
         """The numbers without the responses."""
         return {"greedy": self.greedy, "average": self.average, "response_length": self.response_length}
+
+
+@dataclass(slots=True)
+class Progress:
+    """The state of a run besides weights and optimizer: saved and restored whole.
+
+    teacher: identity of the teacher's weights. sampler: where it was after ``step`` steps. step: how many are done,
+    which is also the version of the student's weights. evaluated: after which step, last; -1 for never. guards: their
+    state.
+    """
+
+    teacher: str
+    sampler: dict[str, Any]
+    step: int = 0
+    evaluated: int = -1
+    guards: dict[str, Any] = field(default_factory=dict)

@@ -37,7 +37,7 @@ from smoke_checks import (
 )
 
 from megatron_opsd.cli import flags
-from megatron_opsd.reliability.run_dir import read_jsonl, read_outcome
+from megatron_opsd.reliability.run_dir import RunDir, read_jsonl
 
 T = TypeVar("T")
 
@@ -81,7 +81,7 @@ def opsd_train(out: Path, name: str, ranks: int, overrides: Mapping[str, str]) -
     try:
         torchrun(out / f"{name}.txt", ranks, *command, *flags({**overrides, "logging.run_dir": str(run_dir)}))
     except CommandFailedError as error:
-        if read_outcome(run_dir)[0] != "finished":
+        if RunDir(run_dir).read_outcome()[0] != "finished":
             raise
         return run_dir, error.status
     return run_dir, 0

@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from megatron_opsd.reliability.run_dir import read_jsonl, repeatable_metrics
+from megatron_opsd.reliability.run_dir import RunDir, read_jsonl
 
 SAVED, LAST = 2, 3  # the checkpoint to resume from, and the last step
 
@@ -77,7 +77,7 @@ def check_resume(run_dir: Path, resumed: Path, model: Path, exact: bool) -> Resu
     and the weights but for a part of what the run changed, which lost optimizer states would exceed.
     """
     (wanted,), (line,) = (
-        [line for line in repeatable_metrics(path) if line["step"] == LAST] for path in (run_dir, resumed)
+        [line for line in RunDir(path).repeatable_metrics() if line["step"] == LAST] for path in (run_dir, resumed)
     )
     ours, theirs = (read_jsonl(path / "rollouts" / f"step_{LAST:06d}.jsonl") for path in (resumed, run_dir))
     same = sum(a["token_ids"] == b["token_ids"] for a, b in zip(ours, theirs, strict=True))

@@ -9,6 +9,7 @@ import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE as HAVE_APEX_OR_TE
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.moe import moe_utils
@@ -42,6 +43,14 @@ def main_params(optimizer: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor, 
                 place = part._get_model_param_range_map(weight)["param"]
                 own = slice(place.start, place.end)
             yield weight, main_param, own
+
+
+def clip_gradients(optimizer: MegatronOptimizer, grad_norm: float) -> None:
+    """Scale the gradients down to ``clip_grad``. ``optimizer.step`` would compute their norm for it once more."""
+    for part in _parts(optimizer):
+        parameters = part.get_parameters()
+        if parameters and part.config.clip_grad > 0.0:
+            clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, grad_norm)
 
 
 def moments(optimizer: MegatronOptimizer) -> list[Tensor]:

@@ -10,13 +10,13 @@ from itertools import accumulate
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_opsd.types import Rollout
 
 Side = Literal["student", "teacher"]
 SIDES: tuple[Side, Side] = ("student", "teacher")
+Assignment = list[list[list[int]]]  # [dp][micro-batches] numbers of sequences in the global batch
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Batch:
         """Number of the sample's response tokens that are trained on."""
         return max(0, len(sample.rollout.token_ids) - self.skip_first_tokens)
 
-    def plan(self, micro_batch_size: int, dp_size: int) -> list[list[list[int]]]:
-        """Numbers of the sequences in each micro-batch of each data-parallel rank, as many on every rank.
+    def assign(self, micro_batch_size: int, dp_size: int) -> Assignment:
+        """The sequences of each micro-batch of each data-parallel rank, as many micro-batches on every rank.
 
         Rank r has the sequences r, r + dp_size, ... In a packed micro-batch are no more tokens than in a padded one of
         the global batch's longest sequences.
@@ -74,14 +74,14 @@ class Batch:
                 rank.append([fullest.pop()])
         return bins
 
-    def row_lengths(self, side: Side, plan: list[list[list[int]]]) -> list[list[int]]:
-        """Length of each micro-batch's rows, padding included, as ``plan`` has them."""
+    def row_lengths(self, side: Side, assignment: Assignment) -> list[list[int]]:
+        """Length of each micro-batch's rows, padding included."""
         together = sum if self.packing else max
 
         def padded(numbers: list[int]) -> int:
             return -(-together(len(self.samples[i].sequence(side)) for i in numbers) // self.multiple) * self.multiple
 
-        rows = [[padded(numbers) for numbers in rank] for rank in plan]
+        rows = [[padded(numbers) for numbers in rank] for rank in assignment]
         return [[max(map(max, rows))] * len(rank) for rank in rows] if self.one_length else rows
 
 
@@ -118,12 +118,11 @@ def _pack(numbers: list[int], lengths: list[int], room: int) -> list[list[int]]:
     return [[waiting[length].pop() for length in row] for row in rows]
 
 
-def padding_share(batch: Batch, micro_batch_size: int, dp_size: int) -> float:
+def padding_share(batch: Batch, assignment: Assignment) -> float:
     """Share of both sides' positions that hold no token, over all ranks."""
-    plan = batch.plan(micro_batch_size, dp_size)
     places = tokens = 0
     for side in SIDES:
-        for rank, lengths in zip(plan, batch.row_lengths(side, plan), strict=True):
+        for rank, lengths in zip(assignment, batch.row_lengths(side, assignment), strict=True):
             for numbers, length in zip(rank, lengths, strict=True):
                 places += length * (1 if batch.packing else len(numbers))
                 tokens += sum(len(batch.samples[i].sequence(side)) for i in numbers)
@@ -132,21 +131,20 @@ def padding_share(batch: Batch, micro_batch_size: int, dp_size: int) -> float:
 
 def split(
     batch: Batch,
-    micro_batch_size: int,
-    dp_group: dist.ProcessGroup,
+    assignment: Assignment,
+    dp_rank: int,
     normalization: Literal["token", "sequence"],
     device: torch.device,
 ) -> list[Microbatch]:
-    """This data-parallel rank's micro-batches.
+    """The micro-batches of a data-parallel rank.
 
     The weights and counts make (sum over all ranks of weight * loss) / (sum of counts) the mean over the response
     tokens of the global batch ("token"), or the mean of its sequences' means ("sequence").
     """
-    plan, rank = batch.plan(micro_batch_size, dp_group.size()), dp_group.rank()
-    student, teacher = (batch.row_lengths(side, plan)[rank] for side in SIDES)
+    student, teacher = (batch.row_lengths(side, assignment)[dp_rank] for side in SIDES)
     return [
         _microbatch(batch, numbers, rows, normalization, device)
-        for numbers, *rows in zip(plan[rank], student, teacher, strict=True)
+        for numbers, *rows in zip(assignment[dp_rank], student, teacher, strict=True)
     ]
 
 

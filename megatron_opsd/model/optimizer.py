@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_opsd.compat.megatron_internals import (
     HAVE_APEX_OR_TE,
+    clip_gradients,
     main_params,
     moments,
     repair_checkpoints_of_torch_adam,
@@ -143,6 +144,7 @@ def optimizer_step(
     lr = optimizer.param_groups[0]["lr"]
     finite = math.isfinite(grad_norm) and math.isfinite(loss)
     if finite:
-        optimizer.step()
+        clip_gradients(optimizer, grad_norm)
+        optimizer.step_with_ready_grads()
     schedule.step(1)
     return grad_norm, lr, finite

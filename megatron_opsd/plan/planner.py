@@ -9,10 +9,9 @@ from megatron_opsd.plan import formulas
 from megatron_opsd.plan.formulas import ELEMENT, GIB
 from megatron_opsd.plan.preflight import check_batch, check_parallel, check_rollout_parallel
 from megatron_opsd.plan.shards import RankBytes, rank_bytes, stage_layers, stage_parameters
+from megatron_opsd.types import Phase
 from megatron_opsd.weights.architecture import Architecture, published_architecture, read_architecture
 from megatron_opsd.weights.mapping import NameTable
-
-PHASES = ("rollout", "teacher", "student", "optimizer", "refit")
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Stage:
 
     @property
     def peak_phase(self) -> str:
-        return max(PHASES, key=self.totals.__getitem__)
+        return max(Phase, key=self.totals.__getitem__)
 
     @property
     def peak(self) -> int:

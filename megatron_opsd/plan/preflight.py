@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import psutil
@@ -11,7 +10,7 @@ from megatron_opsd.config import Config
 from megatron_opsd.data.datasets import check_data
 from megatron_opsd.data.prompts import SEAM_TOKENS, PromptBuilder, build_prompts, max_model_len
 from megatron_opsd.errors import UserError
-from megatron_opsd.reliability import run_dir
+from megatron_opsd.reliability.run_dir import RunDir
 from megatron_opsd.types import Example
 from megatron_opsd.weights.architecture import Architecture, read_architecture
 
@@ -52,7 +51,7 @@ def check(config: Config, world_size: int | None, train: bool = True) -> None:
     check_lengths(config, arch, prompts, train)
     if colocated:
         check_kv_cache(config, arch, max_model_len(config, prompts))
-    run_dir.check(Path(config.logging.run_dir))
+    RunDir(config.logging.run_dir).check()
 
 
 def check_server(config: Config) -> None:

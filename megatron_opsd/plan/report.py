@@ -8,8 +8,9 @@ from rich.table import Table
 
 from megatron_opsd.config import Config
 from megatron_opsd.plan.formulas import GIB
-from megatron_opsd.plan.planner import PHASES, Plan
+from megatron_opsd.plan.planner import Plan
 from megatron_opsd.plan.remedies import Remedy
+from megatron_opsd.types import Phase
 
 WIDTH = 100  # columns where the output is no terminal
 
@@ -113,7 +114,7 @@ def _facts(config: Config, plan: Plan) -> list[tuple[str, str]]:
 
 def _stage_table(plan: Plan) -> Table:
     table = Table(box=None, padding=(0, 1), pad_edge=False)
-    for column in ("stage", "layers", "parameters", *PHASES, "remain"):
+    for column in ("stage", "layers", "parameters", *Phase, "remain"):
         table.add_column(column, justify="right", no_wrap=True)
     for number, stage in enumerate(plan.stages):
         cells = [
@@ -129,14 +130,14 @@ def _phase_table(plan: Plan) -> Table:
     stage = plan.stages[plan.fullest]
     table = Table(box=None, padding=(0, 1), pad_edge=False)
     table.add_column("", no_wrap=True)
-    for phase in PHASES:
+    for phase in Phase:
         table.add_column(phase, justify="right", no_wrap=True)
     names = list(dict.fromkeys(name for parts in stage.phases.values() for name in parts))
     last = "CUDA and NCCL (assumed)"
     for name in [*(name for name in names if name != last), last]:
-        table.add_row(name, *(_gib(n) if (n := stage.phases[phase].get(name)) else "-" for phase in PHASES))
-    table.add_row("total", *(_gib(stage.totals[phase]) for phase in PHASES), style="bold")
-    table.add_row("remain", *(_gib(plan.cluster.gpu_memory - stage.totals[phase]) for phase in PHASES))
+        table.add_row(name, *(_gib(n) if (n := stage.phases[phase].get(name)) else "-" for phase in Phase))
+    table.add_row("total", *(_gib(stage.totals[phase]) for phase in Phase), style="bold")
+    table.add_row("remain", *(_gib(plan.cluster.gpu_memory - stage.totals[phase]) for phase in Phase))
     return table
 
 

@@ -14,7 +14,8 @@ import sys
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from copy import deepcopy
+from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.managers import SyncManager
@@ -34,6 +35,8 @@ from megatron_opsd.errors import UserError
 from megatron_opsd.model.gpt import HiddenStateGPT
 from megatron_opsd.reliability import pickles
 from megatron_opsd.reliability.preemption import serve_parent
+from megatron_opsd.reliability.run_dir import RunDir
+from megatron_opsd.types import Progress
 
 T = TypeVar("T")
 
@@ -46,25 +49,15 @@ _OPTIMIZER_FORMAT = {
 _PROGRESS, _CHECKSUMS = "progress.json", "checksums.json"
 
 
-@dataclass(frozen=True)
-class Progress:
-    """What a run needs beside weights and optimizer states to go on."""
-
-    step: int
-    sampler: dict[str, Any]
-    teacher: str
-    evaluated: int = -1
-    guards: dict[str, Any] = field(default_factory=dict)
-
-
 class Checkpoints:
     """The checkpoints of a run. All ranks call each method together."""
 
-    def __init__(self, run_dir: Path, config: CheckpointConfig) -> None:
-        self._folder, self._config = run_dir / "checkpoints", config
+    def __init__(self, run_dir: RunDir, config: CheckpointConfig) -> None:
+        self._folder, self._config = run_dir.checkpoints, config
         self._writers = AsyncCallsQueue()
         _start_results_queue()
         self._begun: int | None = None  # the step whose save is under way
+        self.saved = 0  # after which step, last; 0 for never
         self.seconds = math.inf  # that the last save took, from its begin to its last byte; not known yet
         if dist.get_rank() == 0:
             for leftover in self._folder.glob(".*"):  # of a run that was killed
@@ -95,24 +88,25 @@ class Checkpoints:
         assert request is not None
         if request.async_fn is not None:
             request = request._replace(async_fn=_Writer(request.async_fn, staging, dist.get_rank(), start))
-        request.add_finalize_fn(partial(self._complete, staging, progress, keep))
+        request.add_finalize_fn(partial(self._complete, staging, deepcopy(progress), keep))
         self._writers.schedule_async_request(request)
 
-    def finish(self) -> None:
-        """Wait for the save under way, if any, and complete it.
+    def finish(self) -> bool:
+        """Wait for the save under way, if any, and complete it. Returns whether there was one.
 
         Raises:
             SaveError: it could not be written. The checkpoints before it are as they were.
         """
         if self._begun is None:
-            return
+            return False
         try:
             self._writers.maybe_finalize_async_calls(blocking=True)
         except CheckpointException as error:  # rank 0 knows why
             reasons = {" ".join(str(failure[0]).split()) for failure in error.failures.values()}
             raise self._failed("; ".join(sorted(reasons))) from None
         events.record("saved", step=self._begun, seconds=round(self.seconds, 3))
-        self._begun = None
+        self.saved, self._begun = self._begun, None
+        return True
 
     def _complete(self, staging: Path, progress: Progress, keep: int | None) -> None:
         self.seconds = self._on_rank_0(lambda: self._name(staging, progress, keep))
@@ -270,7 +264,7 @@ def read_progress(path: Path) -> Progress:
     return Progress(**json.loads(file.read_text()))
 
 
-def find(run_dir: Path, resume: str) -> Path | None:
+def find(run_dir: RunDir, resume: str) -> Path | None:
     """The checkpoint that ``checkpoint.resume`` names and that is as it was written: none, the newest, or a directory.
 
     A damaged newest one is renamed, and the one before it taken. All ranks call this.
@@ -279,7 +273,7 @@ def find(run_dir: Path, resume: str) -> Path | None:
         UserError: a named directory that is no complete checkpoint or a damaged one, checkpoints that are all damaged,
             or a new run where an old one left checkpoints.
     """
-    folder = run_dir / "checkpoints"
+    folder = run_dir.checkpoints
     while True:
         path = _on_rank_0(lambda: _choose(run_dir, resume))
         if path is None:
@@ -306,11 +300,11 @@ def _complete_ones(folder: Path) -> list[Path]:
     return [file.parent for file in folder.glob(f"step_*/{_PROGRESS}")]
 
 
-def _choose(run_dir: Path, resume: str) -> Path | None:
-    newest = max(_complete_ones(run_dir / "checkpoints"), default=None)
+def _choose(run_dir: RunDir, resume: str) -> Path | None:
+    newest, folder = max(_complete_ones(run_dir.checkpoints), default=None), run_dir.path
     if resume == "never" and newest:
         raise UserError(
-            f"{run_dir}: holds checkpoints of an earlier run; go on from them with --checkpoint.resume auto, or choose "
+            f"{folder}: holds checkpoints of an earlier run; go on from them with --checkpoint.resume auto, or choose "
             "another --logging.run_dir"
         )
     if resume in ("never", "auto"):
@@ -318,7 +312,7 @@ def _choose(run_dir: Path, resume: str) -> Path | None:
     step = read_progress(Path(resume)).step
     if newest and read_progress(newest).step > step:
         raise UserError(
-            f"{run_dir}: holds checkpoints newer than {resume}, which a later --checkpoint.resume auto would take; "
+            f"{folder}: holds checkpoints newer than {resume}, which a later --checkpoint.resume auto would take; "
             "choose another --logging.run_dir, or move them away"
         )
     return Path(resume)

@@ -33,8 +33,9 @@ class _State:
 class Guards:
     """Sees every step's metrics and every evaluation, the same on all ranks, so that all ranks decide alike."""
 
-    def __init__(self, config: GuardsConfig) -> None:
-        self._config, self._state = config, _State()
+    def __init__(self, config: GuardsConfig, state: Mapping[str, Any] | None = None) -> None:
+        """state: what ``state_dict`` gave, of a run that goes on."""
+        self._config, self._state = config, _State(**(state or {}))
         self._bounds = {
             "entropy_student": (config.min_entropy, config.max_entropy, "entropy"),
             "response_length": (config.min_response_length, config.max_response_length, "response_length"),
@@ -126,6 +127,3 @@ class Guards:
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self._state)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._state = _State(**state)

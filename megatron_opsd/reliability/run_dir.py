@@ -1,56 +1,83 @@
-"""The folder of a run: who may write to it, how its files are read, and the line that says how the run ended."""
+"""The folder of a run: its paths, who may write to it, how its files are read, and how the run ended."""
 
 import json
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_opsd import events
 from megatron_opsd.errors import UserError
 
-OUTCOME = "outcome"
 _MEASURED = ("seconds_", "memory_", "tokens_per_second")  # metrics of the machine, not of the training
 
 
-def check(run_dir: Path) -> None:
-    """Look whether the run can write to its folder, before hours are spent.
+class RunDir:
+    """The only place that knows the names of a run's files."""
 
-    Raises:
-        UserError: it cannot, or anybody can: a checkpoint to go on from could then be somebody else's.
-    """
-    existing = next(parent for parent in (run_dir, *run_dir.absolute().parents) if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f"logging.run_dir = {str(run_dir)!r}: cannot write to {existing}")
-    if existing == run_dir and run_dir.stat().st_mode & stat.S_IWOTH:
-        raise UserError(f"logging.run_dir = {str(run_dir)!r}: anybody may write to it; chmod o-w {run_dir}")
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.toml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.evaluations = self.path / "evaluations.jsonl"
+        self.events = self.path / "events.jsonl"
+        self.tensorboard = self.path / "tensorboard"
+        self.checkpoints = self.path / "checkpoints"
+        self.skipped = self.path / "skipped"
+        self.logs = self.path / "logs"
+        self.hf = self.path / "hf"
+        self.outcome = self.path / "outcome"
 
+    def rollouts(self, step: int) -> Path:
+        """The responses of a step."""
+        return self.path / "rollouts" / f"step_{step:06d}.jsonl"
 
-def prepare(run_dir: Path) -> None:
-    """Make the folder, and forget how an earlier start of the run ended."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    run_dir.chmod(run_dir.stat().st_mode & ~stat.S_IWOTH)  # whatever the umask
-    (run_dir / OUTCOME).unlink(missing_ok=True)
+    def evaluation(self, step: int) -> Path:
+        """The responses of the evaluation after ``step`` steps."""
+        return self.path / "rollouts" / f"evaluation_{step:06d}.jsonl"
 
+    def check(self) -> None:
+        """Look whether the run can write to its folder, before hours are spent.
 
-def write_outcome(run_dir: Path, outcome: Literal["finished", "interrupted", "stopped"], why: str) -> None:
-    """Leave one line for whoever started the run. A run that crashes leaves none.
+        Raises:
+            UserError: it cannot, or anybody can: a checkpoint to go on from could then be somebody else's.
+        """
+        existing = next(parent for parent in (self.path, *self.path.absolute().parents) if parent.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise UserError(f"logging.run_dir = {str(self.path)!r}: cannot write to {existing}")
+        if existing == self.path and self.path.stat().st_mode & stat.S_IWOTH:
+            raise UserError(f"logging.run_dir = {str(self.path)!r}: anybody may write to it; chmod o-w {self.path}")
 
-    ``finished``: nothing is left to do. ``interrupted``: saved after a signal, start it again. ``stopped``: starting it
-    again would not help.
-    """
-    file = run_dir / OUTCOME
-    staging = file.with_name(f".{OUTCOME}.{os.getpid()}")
-    staging.write_text(f"{outcome}: {' '.join(why.split())}\n")
-    staging.rename(file)
-    events.record("end", outcome=outcome, why=why)
+    def prepare(self) -> None:
+        """Make the folder, and forget how an earlier start of the run ended."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.path.chmod(self.path.stat().st_mode & ~stat.S_IWOTH)  # whatever the umask
+        self.outcome.unlink(missing_ok=True)
 
+    def write_outcome(self, outcome: Literal["finished", "interrupted", "stopped"], why: str) -> None:
+        """Leave one line for whoever started the run. A run that crashes leaves none.
 
-def read_outcome(run_dir: Path) -> tuple[str, str]:
-    """What :func:`write_outcome` left: outcome and reason; both are empty where the run crashed or is still running."""
-    file = run_dir / OUTCOME
-    outcome, _, why = file.read_text().strip().partition(": ") if file.exists() else ("", "", "")
-    return outcome, why
+        ``finished``: nothing is left to do. ``interrupted``: saved after a signal, start it again. ``stopped``:
+        starting it again would not help.
+        """
+        staging = self.outcome.with_name(f".{self.outcome.name}.{os.getpid()}")
+        staging.write_text(f"{outcome}: {' '.join(why.split())}\n")
+        staging.rename(self.outcome)
+        events.record("end", outcome=outcome, why=why)
+
+    def read_outcome(self) -> tuple[str, str]:
+        """Outcome and reason; both are empty where the run crashed or is still running."""
+        text = self.outcome.read_text() if self.outcome.exists() else ""
+        outcome, _, why = text.strip().partition(": ")
+        return outcome, why
+
+    def repeatable_metrics(self) -> list[dict[str, Any]]:
+        """The metrics without times and memory: what two runs of one configuration have in common."""
+        return [
+            {name: value for name, value in line.items() if not name.startswith(_MEASURED)}
+            for line in read_jsonl(self.metrics)
+        ]
 
 
 def complete_lines(file: Path) -> list[str]:
@@ -66,9 +93,7 @@ def read_jsonl(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in complete_lines(file)]
 
 
-def repeatable_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without times and memory: what two runs of one configuration have in common."""
-    return [
-        {name: value for name, value in line.items() if not name.startswith(_MEASURED)}
-        for line in read_jsonl(run_dir / "metrics.jsonl")
-    ]
+def write_jsonl(file: Path, records: Sequence[dict[str, Any]]) -> None:
+    """One JSON object a line; makes the folder."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

@@ -17,13 +17,11 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_opsd import events
 from megatron_opsd.config import Config, dump_toml
-from megatron_opsd.reliability.run_dir import complete_lines
-from megatron_opsd.types import Evaluation, StepResult
+from megatron_opsd.reliability.run_dir import RunDir, complete_lines, write_jsonl
+from megatron_opsd.types import Evaluation, Phase, StepResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-PHASES = ("rollout", "teacher", "student", "optimizer", "refit")
 
 
 class Clock:
@@ -31,22 +29,22 @@ class Clock:
 
     def __init__(self, on_enter: Callable[[str], None]) -> None:
         self._on_enter, self._start = on_enter, time.perf_counter()
-        self._seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+        self._seconds = dict.fromkeys(Phase, 0.0)
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        self._on_enter(name)
+    def phase(self, phase: Phase) -> Iterator[None]:
+        self._on_enter(phase)
         start = time.perf_counter()
         yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self._seconds[name] += time.perf_counter() - start
+        self._seconds[phase] += time.perf_counter() - start
 
     def elapsed(self) -> float:
         return time.perf_counter() - self._start
 
     def seconds(self) -> dict[str, float]:
-        return {f"seconds_{name}": value for name, value in self._seconds.items()} | {"seconds_total": self.elapsed()}
+        return {f"seconds_{phase}": value for phase, value in self._seconds.items()} | {"seconds_total": self.elapsed()}
 
 
 class MetricsWriter:
@@ -59,16 +57,13 @@ class MetricsWriter:
         self.enabled, self._tokenizer = enabled, tokenizer
         if not enabled:
             return
-        run_dir = Path(config.logging.run_dir)
-        (run_dir / "config.toml").write_text(dump_toml(config))
-        self._metrics = _open_log(run_dir / "metrics.jsonl", start)
-        self._evaluations = _open_log(run_dir / "evaluations.jsonl", start)
+        self._run_dir = run_dir = RunDir(config.logging.run_dir)
+        run_dir.config.write_text(dump_toml(config))
+        self._metrics = _open_log(run_dir.metrics, start)
+        self._evaluations = _open_log(run_dir.evaluations, start)
         purge = start + 1 if start else 0  # also after a start that ended before its first checkpoint
-        self._board = (
-            SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge) if config.logging.tensorboard else None
-        )
-        self._rollouts, self._rollouts_interval = run_dir / "rollouts", config.logging.rollouts_interval
-        self._skipped = run_dir / "skipped"
+        self._board = SummaryWriter(str(run_dir.tensorboard), purge_step=purge) if config.logging.tensorboard else None
+        self._rollouts_interval = config.logging.rollouts_interval
         self._console = Console()
         columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         live = self._console.is_terminal
@@ -108,10 +103,11 @@ class MetricsWriter:
         step = int(result.metrics["step"])
         self._record(self._metrics, result.metrics)
         if is_due(step, self._rollouts_interval):
-            write_jsonl(self._rollouts / f"step_{step:06d}.jsonl", _describe(result, self._tokenizer))
+            write_jsonl(self._run_dir.rollouts(step), _describe(result, self._tokenizer))
         if result.metrics["skipped"]:
-            write_jsonl(self._skipped / f"step_{step:06d}.jsonl", _describe(result, self._tokenizer))
-            self.warn([f"step {step}: loss or gradient not finite; weights unchanged, its batch is in {self._skipped}"])
+            write_jsonl(self._run_dir.skipped / f"step_{step:06d}.jsonl", _describe(result, self._tokenizer))
+            where = self._run_dir.skipped
+            self.warn([f"step {step}: loss or gradient not finite; weights unchanged, its batch is in {where}"])
         numbers = _numbers(result.metrics)
         self._progress.update(self._task, completed=step, numbers=numbers)
         if self._progress.disable:
@@ -123,7 +119,7 @@ class MetricsWriter:
             return
         scores = evaluation.scores()
         self._record(self._evaluations, {"step": step, **scores})
-        write_jsonl(self._rollouts / f"evaluation_{step:06d}.jsonl", evaluation.records)
+        write_jsonl(self._run_dir.evaluation(step), evaluation.records)
         self.say(f"held-out problems after {step} steps: {format_scores(scores)}")
 
     def _record(self, file: TextIO, values: dict[str, float]) -> None:
@@ -152,26 +148,20 @@ def _describe(result: StepResult, tokenizer: "PreTrainedTokenizerBase") -> list[
     ]
 
 
-def write_jsonl(file: Path, records: Sequence[dict[str, Any]]) -> None:
-    """One JSON object a line; makes the folder."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-
-
 def format_scores(scores: dict[str, float]) -> str:
     """Accuracies as a reader wants them."""
     return "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
 
 
-def start_logging(run_dir: Path, rank: int, command: str = "train") -> None:
+def start_logging(run_dir: RunDir, rank: int, command: str = "train") -> None:
     """Send this rank's messages, Python's warnings included, to a file of its own; the terminal gets the metrics."""
-    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(run_dir / "logs" / f"{command}_rank_{rank:04d}.log")
+    run_dir.logs.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(run_dir.logs / f"{command}_rank_{rank:04d}.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.captureWarnings(True)
     if rank == 0 and command == "train":
-        events.write_to(run_dir / "events.jsonl", complete_lines(run_dir / "events.jsonl"))
+        events.write_to(run_dir.events, complete_lines(run_dir.events))
 
 
 def _open_log(file: Path, start: int) -> TextIO:
@@ -181,7 +171,7 @@ def _open_log(file: Path, start: int) -> TextIO:
 
 
 def _numbers(metrics: dict[str, float]) -> str:
-    phases = " ".join(f"{name} {metrics[f'seconds_{name}']:.2f}" for name in PHASES)
+    phases = " ".join(f"{name} {metrics[f'seconds_{name}']:.2f}" for name in Phase)
     accuracy = f"  accuracy {metrics['accuracy']:.2f}" if "accuracy" in metrics else ""
     return (
         f"loss {metrics['loss']:.4f}{accuracy}  grad {metrics['grad_norm']:.2f}  "

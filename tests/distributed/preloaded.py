@@ -6,7 +6,7 @@ from importlib import import_module
 
 _before = dict(os.environ)
 
-import_module("megatron_opsd.trainer")  # Megatron-Core before vLLM: on CPU it needs the shim
+import_module("megatron_opsd.run")  # Megatron-Core before vLLM: on CPU it needs the shim
 import_module("megatron_opsd.rollout.colocated").import_vllm()
 for _module in (
     "pytest",

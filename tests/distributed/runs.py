@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 from safetensors.torch import load_file
 
 from megatron_opsd import cli, trainer
-from megatron_opsd.reliability.run_dir import read_jsonl, read_outcome, repeatable_metrics
+from megatron_opsd.reliability.run_dir import RunDir, read_jsonl
 
 from .command_line import Torchrun, arguments
 from .engine import TransformersEngine
@@ -107,7 +107,7 @@ def began_after(run: Run) -> int:
 
 def outcome(run_dir: Path) -> str:
     """The first word of how the run ended; empty where it crashed."""
-    return read_outcome(run_dir)[0]
+    return RunDir(run_dir).read_outcome()[0]
 
 
 def tokens(run_dir: Path, step: int) -> list[list[int]]:
@@ -124,7 +124,7 @@ def assert_same_weights(run_dir: Path, wanted: Path) -> None:
 
 def assert_equal_runs(run_dir: Path, wanted: Path) -> None:
     """The same metrics, each step once, and the same final weights bit for bit."""
-    metrics = repeatable_metrics(run_dir)
+    metrics = RunDir(run_dir).repeatable_metrics()
     assert [line["step"] for line in metrics] == list(range(1, len(metrics) + 1))
-    assert metrics == repeatable_metrics(wanted)
+    assert metrics == RunDir(wanted).repeatable_metrics()
     assert_same_weights(run_dir, wanted)

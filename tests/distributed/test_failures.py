@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from megatron_opsd.reliability.run_dir import read_jsonl, repeatable_metrics
+from megatron_opsd.reliability.run_dir import RunDir, read_jsonl
 
 from .command_line import ARITHMETIC, write_problems
 from .runs import Run, Way, assert_equal_runs, began_after, complete, outcome, start
@@ -200,7 +200,7 @@ def test_a_full_disk_costs_checkpoints_but_not_the_run(unbroken: Unbroken) -> No
     line = the_line(output, f"opsd: {run_dir / 'checkpoints'}: the checkpoint of step {STEPS} could not be written")
     assert re.search(r"(File too large|unexpected pos).* GiB free\)", line)
     assert outcome(run_dir) == "stopped"
-    assert repeatable_metrics(run_dir) == repeatable_metrics(unbroken.run_dir)
+    assert RunDir(run_dir).repeatable_metrics() == RunDir(unbroken.run_dir).repeatable_metrics()
     assert list((run_dir / "checkpoints").iterdir()) == []  # what could not be completed is gone
     unbroken.complete(run_dir)
 
@@ -226,7 +226,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(unbroken: Unbroken) -> None:
     assert not any(statuses), output
     assert outcome(run_dir) == "finished"
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step_000004", "step_000006"]
-    metrics = repeatable_metrics(run_dir)
+    metrics = RunDir(run_dir).repeatable_metrics()
     skipped = [line["step"] for line in metrics if line["skipped"]]
     assert 0 < len(skipped) < 6, output
     for line in metrics:

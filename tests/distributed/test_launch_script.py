@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_opsd.reliability.run_dir import repeatable_metrics
+from megatron_opsd.reliability.run_dir import RunDir
 
 from .command_line import Torchrun
 from .harness import ROOT
@@ -41,5 +41,5 @@ def test_a_signalled_launch_script_goes_on_where_it_was(out: Path) -> None:
     assert statuses == [0], output
     assert began_after(run) == done
     assert outcome(out) == "finished"
-    assert [line["step"] for line in repeatable_metrics(out)] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in RunDir(out).repeatable_metrics()] == list(range(1, STEPS + 1))
     assert (out / "hf" / "model.safetensors").exists()

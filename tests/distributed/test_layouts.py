@@ -23,6 +23,8 @@ from megatron_opsd.model.parallel import Layout
 from megatron_opsd.model.student import Student
 from megatron_opsd.model.teacher import Teacher
 from megatron_opsd.reliability import checkpoint
+from megatron_opsd.reliability.run_dir import RunDir
+from megatron_opsd.types import Progress
 from megatron_opsd.weights.architecture import read_architecture
 from megatron_opsd.weights.export import Exporter, checksum
 from megatron_opsd.weights.hf_files import HFReader, write_hf
@@ -241,8 +243,8 @@ class Run:
         batch = Batch(random_samples(BATCH), 1, multiple, one_length, self.case.packing)
         self.microbatches = split(
             batch,
-            self.case.micro_batch_size,
-            self.layout.dp_group,
+            batch.assign(self.case.micro_batch_size, self.layout.dp_group.size()),
+            self.layout.dp_group.rank(),
             config.objective.normalization,
             parallel.device(),
         )
@@ -279,19 +281,20 @@ def compute(case: Case, path: str, layout: Layout, tmp: str) -> None:
 def relay(case: Case, path: str, layout: Layout, tmp: str) -> None:
     """Take the checkpoint of the layout before, write it anew, and go on from it as the first layout did."""
     run, run_dir = Run(case, path, layout), Path(tmp) / "relay"
-    checkpoints, saved = checkpoint.Checkpoints(run_dir, CheckpointConfig()), run_dir / "checkpoints" / "step_000001"
+    checkpoints = checkpoint.Checkpoints(RunDir(run_dir), CheckpointConfig())
+    saved = run_dir / "checkpoints" / "step_000001"
     model, optimizer, reference = run.student.model, run.optimizer, run_dir / "second_step"
     if layout.world_size == 1:
         run.step()
         run_dir.mkdir(exist_ok=True)
         save_file(run.weights(), run_dir / "first_step")
     else:
-        assert checkpoint.find(run_dir, "auto") == saved
+        assert checkpoint.find(RunDir(run_dir), "auto") == saved
         checkpoint.load(saved, model, optimizer, "a teacher")
         run.schedule.step(1)
         before = load_file(run_dir / "first_step")
         assert all(torch.equal(tensor, before[name]) for name, tensor in run.weights().items())
-    checkpoints.save(model, optimizer, checkpoint.Progress(1, {}, "a teacher"), keep=None)
+    checkpoints.save(model, optimizer, Progress("a teacher", {}, step=1), keep=None)
     _, numbers = run.step()  # while the checkpoint is being written
     checkpoints.finish()
     check_reading(saved, path, load_file(run_dir / "first_step"))

@@ -16,6 +16,7 @@ from megatron_opsd.model.gpt import build_model
 from megatron_opsd.model.optimizer import OptimizerStates, build_optimizer, build_schedule, optimizer_step
 from megatron_opsd.model.student import Student
 from megatron_opsd.model.teacher import Teacher
+from megatron_opsd.types import Phase
 from megatron_opsd.weights.architecture import read_architecture
 
 from .harness import run_distributed
@@ -54,13 +55,13 @@ def test_what_lies_on_the_device() -> None:
     states = SimpleNamespace(offloads=True, load=on("states"), offload=off("states"))
     memory: Any = DeviceMemory(engine, teacher, SimpleNamespace(ddp=ddp), states)  # type: ignore[arg-type]
     teacher.offload()
-    step = ["rollout", "teacher", "student", "optimizer", "refit"]
-    for phase in ["refit", *step, "evaluate", *step]:
-        memory.enter(phase)
-        assert there == PHASES["rollout" if phase == "evaluate" else phase], phase
-    for last in step:  # whatever phase a run ends in: vLLM can then wake
-        memory.enter(last)
-        memory.enter("end")
+    moves = {phase: getattr(memory, f"for_{phase}") for phase in Phase}
+    for phase in [Phase.REFIT, *Phase, Phase.ROLLOUT, *Phase]:  # the second rollout is an evaluation
+        moves[phase]()
+        assert there == PHASES[phase], phase
+    for last in Phase:  # whatever phase a run ends in: vLLM can then wake
+        moves[last]()
+        memory.for_exit()
         assert there <= {"weights", "KV cache"}, last
 
 
@@ -71,17 +72,19 @@ def test_the_peak_leaves_out_what_sleeps(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: counted * 2**30)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     monkeypatch.setattr(parallel, "device", lambda: None)
-    monkeypatch.setattr(DeviceMemory, "_make_room", lambda *_: None)
+    monkeypatch.setattr(DeviceMemory, "_move", lambda *_: None)
     engine = SimpleNamespace(sleeping_bytes=lambda: asleep * 2**30)
-    memory: Any = DeviceMemory(engine, None, None, SimpleNamespace(offloads=True))  # type: ignore[arg-type]
-    memory.enter("rollout")
+    engine.wake_up_weights = engine.wake_up_kv_cache = None
+    states = teacher = SimpleNamespace(offloads=False, load=None, offload=None)
+    memory: Any = DeviceMemory(engine, teacher, None, states)  # type: ignore[arg-type]
+    memory.for_rollout()
     counted = 60  # vLLM's 50, awake, and 10
-    memory.enter("student")
+    memory.for_student()
     counted, asleep = 70, 50
     assert memory.peak_gib() == 60
     counted = 120
     assert memory.peak_gib() == 70
-    memory.enter("refit")
+    memory.for_refit()
     counted = 10
     assert memory.peak_gib() == 70
 
@@ -109,9 +112,8 @@ def list_states(path: str) -> None:
         assert on_all_ranks(states._tensors()) == (count if dtype == "bfloat16" else 0)
         parts = getattr(optimizer, "chained_optimizers", [optimizer])
         assert all(len(part.optimizer.state) == 0 for part in parts)  # a checkpoint could still be loaded
-        microbatches = split(
-            Batch(random_samples(8), 1, 1, False, False), 2, layout.dp_group, "token", torch.device("cpu")
-        )
+        batch, dp = Batch(random_samples(8), 1, 1, False, False), layout.dp_group
+        microbatches = split(batch, batch.assign(2, dp.size()), dp.rank(), "token", torch.device("cpu"))
         frozen = Teacher(teacher, "resident")
         losses = learner.forward_backward(microbatches, frozen.head_weight(), frozen.score(microbatches))
         optimizer_step(optimizer, build_schedule(optimizer, config.optim, steps=3), losses.means()["loss"])

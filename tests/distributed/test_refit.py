@@ -11,10 +11,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_opsd.config import Config, load_config
+from megatron_opsd.data.datasets import read_examples
+from megatron_opsd.data.prompts import build_prompts
+from megatron_opsd.data.sampler import Sampler
 from megatron_opsd.model import parallel
-from megatron_opsd.reliability.preemption import PreemptionHandler
 from megatron_opsd.rollout.engine import Sampling
 from megatron_opsd.rollout.refit import RefitError, refit
+from megatron_opsd.telemetry.metrics import Clock
 from megatron_opsd.trainer import Trainer
 from megatron_opsd.weights.export import Exporter
 
@@ -63,7 +66,8 @@ def arithmetic(run_dir: str) -> Config:
 
 def build(run_dir: str) -> Trainer:
     config = arithmetic(run_dir)
-    return Trainer(config, parallel.initialize(config.parallel, seed=0), PreemptionHandler(signal_lead_seconds=60))
+    layout, prompts = parallel.initialize(config.parallel, seed=0), build_prompts(config)
+    return Trainer(config, layout, prompts, Sampler(read_examples(config.data, prompts.tokenizer), seed=0))
 
 
 def worker(run_dir: str) -> None:
@@ -101,7 +105,7 @@ def worker(run_dir: str) -> None:
     # Without checksums the log-probs of the next step tell.
     refit(Damaged(trainer.exporter, "corrupt"), trainer.engine, 0, verify=False)
     with pytest.raises(RefitError, match=r"log-probs differ from the student's by .* does not hold weights 0"):
-        trainer.step()
+        trainer.step(Clock(lambda _: None), lambda: False)
     trainer.engine.close()
 
 

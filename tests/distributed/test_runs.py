@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from megatron_opsd.reliability.run_dir import repeatable_metrics
+from megatron_opsd.reliability.run_dir import RunDir
 
 from . import runs
 from .command_line import ARITHMETIC, ROOT, python, write_problems
@@ -30,9 +30,8 @@ VLLM_TP = "rollout.tensor_model_parallel_size"
 
 def numbers(run_dir: Path) -> list[dict]:
     """metrics.jsonl without what two layouts need not share."""
-    return [
-        {name: value for name, value in line.items() if name != "padding_share"} for line in repeatable_metrics(run_dir)
-    ]
+    metrics = RunDir(run_dir).repeatable_metrics()
+    return [{name: value for name, value in line.items() if name != "padding_share"} for line in metrics]
 
 
 def train(run_dir: Path, ranks: int, **overrides: str) -> None:

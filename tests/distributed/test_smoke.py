@@ -12,8 +12,7 @@ import smoke_checks
 import torch
 from safetensors.torch import save_file
 
-from megatron_opsd.reliability.run_dir import read_jsonl
-from megatron_opsd.telemetry.metrics import write_jsonl
+from megatron_opsd.reliability.run_dir import read_jsonl, write_jsonl
 
 from .command_line import run
 from .harness import ROOT

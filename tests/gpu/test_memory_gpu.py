@@ -8,15 +8,18 @@ import torch
 from megatron_opsd import events
 from megatron_opsd.config import Config, load_config
 from megatron_opsd.data.batch import Batch, split
+from megatron_opsd.data.datasets import read_examples
+from megatron_opsd.data.prompts import build_prompts
+from megatron_opsd.data.sampler import Sampler
 from megatron_opsd.model import parallel
 from megatron_opsd.model.gpt import build_model
 from megatron_opsd.model.optimizer import OptimizerStates, build_optimizer, build_schedule, optimizer_step
 from megatron_opsd.model.student import Student
 from megatron_opsd.model.teacher import Teacher
-from megatron_opsd.reliability.preemption import PreemptionHandler
 from megatron_opsd.reliability.run_dir import read_jsonl
 from megatron_opsd.rollout.engine import Sampling
 from megatron_opsd.rollout.refit import refit
+from megatron_opsd.telemetry.metrics import Clock
 from megatron_opsd.trainer import Trainer
 from megatron_opsd.weights.architecture import read_architecture
 from megatron_opsd.weights.hf_files import HFReader
@@ -50,7 +53,7 @@ class Parts:
         self.schedule = build_schedule(self.optimizer, config.optim, steps=10)
         self.states = OptimizerStates(self.optimizer, config.optim)
         batch = Batch(random_samples(8), 1, 1, False, False)
-        self.microbatches = split(batch, 2, layout.dp_group, "token", parallel.device())
+        self.microbatches = split(batch, batch.assign(2, 1), 0, "token", parallel.device())
         self.teacher_hidden = self.teacher.score(self.microbatches)
 
     def backward(self) -> None:
@@ -160,29 +163,31 @@ def sleep_and_wake(path: str, folder: str) -> None:
     from vllm.device_allocator.cumem import CuMemAllocator
 
     config = load_config(str(ARITHMETIC / "opsd.toml"), settings(path, folder))
-    trainer = Trainer(config, parallel.initialize(config.parallel, seed=0), PreemptionHandler(signal_lead_seconds=60))
+    layout, prompts = parallel.initialize(config.parallel, seed=0), build_prompts(config)
+    trainer = Trainer(config, layout, prompts, Sampler(read_examples(config.data, prompts.tokenizer), seed=0))
 
     def answers() -> list[list[int]]:
         return [rollout.token_ids for rollout in trainer.engine.generate(PROMPTS, Sampling(8, temperature=0.0), [0, 0])]
 
-    trainer.memory.enter("rollout")
+    trainer.memory.for_rollout()
     wanted, awake, used = answers(), free(), CuMemAllocator.get_instance().get_current_usage()
     assert used > 2**30
-    trainer.memory.enter("teacher")  # the teacher comes, and is much smaller
+    trainer.memory.for_teacher()  # the teacher comes, and is much smaller
     assert free() - awake >= 0.9 * used
     with pytest.raises(AssertionError, match="refit before"):
         answers()
-    for phase in ("student", "optimizer", "refit"):
-        trainer.memory.enter(phase)
+    trainer.memory.for_student()
+    trainer.memory.for_optimizer()
+    trainer.memory.for_refit()
     asleep = free()
     refit(trainer.exporter, trainer.engine, 0, verify=True)
-    trainer.memory.enter("rollout")
+    trainer.memory.for_rollout()
     assert asleep - free() >= 0.8 * used  # the weights were awake before
     assert answers() == wanted
 
     file = Path(folder) / "events.jsonl"
     events.write_to(file, [])
-    peaks = [trainer.step().metrics["memory_peak_gib"] for _ in range(2)]
+    peaks = [trainer.step(Clock(lambda _: None), lambda: False).metrics["memory_peak_gib"] for _ in range(2)]
     begin = ["KV cache on", "vLLM off", "teacher on", "teacher off", "gradients on", "optimizer states on"]
     moves = [event["what"] for event in read_jsonl(file) if event["event"] == "move"]
     assert moves == 2 * [*begin, "optimizer states off", "gradients off", "vLLM's weights on"]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_opsd.reliability.run_dir import read_outcome, repeatable_metrics
+from megatron_opsd.reliability.run_dir import RunDir
 from tests.distributed.runs import assert_equal_runs
 
 from .cluster import Cluster, missing
@@ -66,7 +66,7 @@ class Run:
         return self.cluster.job(self.job)
 
     def metrics(self) -> list[dict]:
-        return repeatable_metrics(self.out)
+        return RunDir(self.out).repeatable_metrics()
 
     def step(self) -> int:
         """The last step it has recorded."""
@@ -109,7 +109,7 @@ class Run:
     def assert_complete(self) -> None:
         assert self.wait_for_end() == "COMPLETED", self.tail()
         assert [line["step"] for line in self.metrics()] == list(range(1, STEPS + 1))
-        assert read_outcome(self.out)[0] == "finished"
+        assert RunDir(self.out).read_outcome()[0] == "finished"
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +258,7 @@ def test_a_run_that_always_dies_is_given_up(stand_in: Callable[..., Run]) -> Non
     assert run.wait_for_end(90) == "FAILED"
     assert run.record()["Restarts"] == "2"
     assert "giving up: crashed 3 times in a row without a new checkpoint (newest: none, MAX_RESTARTS=2)" in run.tail()
-    outcome, why = read_outcome(run.out)
+    outcome, why = RunDir(run.out).read_outcome()
     assert outcome == "stopped"
     assert why.startswith("crashed 3 times in a row")
 
@@ -308,4 +308,4 @@ def test_a_mistake_is_not_requeued(cluster: Cluster, tmp_path: Path) -> None:
     run = Run(cluster, tmp_path / "run", MODEL=str(tmp_path / "nowhere"))
     assert run.wait_for_end() == "FAILED"
     assert run.record()["Restarts"] == "0"
-    assert "nowhere" in read_outcome(run.out)[1]
+    assert "nowhere" in RunDir(run.out).read_outcome()[1]

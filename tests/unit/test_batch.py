@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from megatron_opsd.data.batch import SIDES, Batch, Microbatch, Sample, padding_share, split
 from megatron_opsd.types import Rollout
@@ -34,8 +33,9 @@ SAMPLES = [
 
 
 def microbatches(batch: Batch, size: int, group: Group | None = None, normalization: str = "token") -> list[Microbatch]:
-    stand_in: dist.ProcessGroup = group or Group()  # type: ignore[assignment]
-    return split(batch, size, stand_in, normalization, torch.device("cpu"))  # type: ignore[arg-type]
+    group = group or Group()
+    assignment = batch.assign(size, group.size())
+    return split(batch, assignment, group.rank(), normalization, torch.device("cpu"))  # type: ignore[arg-type]
 
 
 def predicted(tokens: torch.Tensor, index: torch.Tensor, whole: list[list[int]]) -> list[int]:
@@ -123,13 +123,14 @@ def test_packing_has_as_many_micro_batches_on_every_rank_and_less_padding() -> N
     short = [sample([1], [1], [2])] * 6
     samples = [long[0], short[0], long[1], *short[1:]]  # rank 0 has both long ones
     packed, padded = (Batch(samples, packing=packing) for packing in (True, False))
-    plan = packed.plan(2, 2)
+    plan = packed.assign(2, 2)
     assert [len(rank) for rank in plan] == [2, 2]
     assert sorted(i for rank in plan for numbers in rank for i in numbers) == list(range(8))
     assert all(i % 2 == rank for rank in range(2) for numbers in plan[rank] for i in numbers)
-    assert padding_share(packed, 2, 2) == 0
-    assert padding_share(padded, 4, 2) > 0.4
-    assert padding_share(Batch(samples, one_length=True), 1, 2) > 0.7
+    assert padding_share(packed, plan) == 0
+    assert padding_share(padded, padded.assign(4, 2)) > 0.4
+    one_length = Batch(samples, one_length=True)
+    assert padding_share(one_length, one_length.assign(1, 2)) > 0.7
 
 
 def test_padding_of_a_packed_row_comes_in_pieces_no_longer_than_its_sequences() -> None:

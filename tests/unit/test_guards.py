@@ -44,8 +44,7 @@ def test_a_bound_warns_forgets_and_ends_the_run(bounds: dict, bad: dict, words: 
         assert f"({step - 1} of 3 steps in a row)" in warning
     assert guards.step(metrics(4)) == []  # one good step, and counting starts anew
     guards.step(metrics(5, **bad))
-    resumed = Guards(GuardsConfig(patience=3, **bounds))
-    resumed.load_state_dict(json.loads(json.dumps(guards.state_dict())))
+    resumed = Guards(GuardsConfig(patience=3, **bounds), json.loads(json.dumps(guards.state_dict())))
     resumed.step(metrics(6, **bad))
     with pytest.raises(RunStoppedError, match=r"^step 7: .* for 3 steps in a row: .* collapsed; use an earlier"):
         resumed.step(metrics(7, **bad))
@@ -78,8 +77,7 @@ def test_a_student_that_becomes_less_sure_and_comes_no_nearer_is_told_of() -> No
     guards = Guards(GuardsConfig(patience=3))
     assert less_sure(guards, range(1, 4)) == []  # to compare with
     assert less_sure(guards, range(4, 7), entropy=1.9, divergence=0.2) == []  # surer than the teacher's 2.0
-    resumed = Guards(GuardsConfig(patience=3))
-    resumed.load_state_dict(json.loads(json.dumps(guards.state_dict())))
+    resumed = Guards(GuardsConfig(patience=3), json.loads(json.dumps(guards.state_dict())))
     (warning,) = less_sure(resumed, range(7, 10), entropy=2.5, divergence=0.1)
     assert warning.startswith(
         "step 9: the student may not be learning: over 3 steps its divergence from the teacher is 0.1 ("

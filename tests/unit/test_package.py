@@ -24,6 +24,7 @@ ROOMS = [
     ["reliability", "telemetry"],
     ["device_memory", "evaluate"],
     ["trainer"],
+    ["run"],
     ["plan", "convert"],
     ["cli", "launch", "__main__"],
 ]

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from megatron_opsd.reliability.run_dir import read_jsonl, read_outcome, repeatable_metrics, write_outcome
-from megatron_opsd.telemetry.metrics import write_jsonl
+from megatron_opsd.reliability.run_dir import RunDir, read_jsonl, write_jsonl
 
 
 def test_text_with_other_line_breaks_stays_one_line(tmp_path: Path) -> None:
@@ -24,10 +23,10 @@ def test_repeatable_metrics_leave_out_the_machine(tmp_path: Path) -> None:
     line = {"step": 1, "loss": 0.5, "tokens": 7}
     measured = {"seconds_total": 1.0, "memory_peak_gib": 2.0, "tokens_per_second": 7.0}
     write_jsonl(tmp_path / "metrics.jsonl", [line | measured])
-    assert repeatable_metrics(tmp_path) == [line]
+    assert RunDir(tmp_path).repeatable_metrics() == [line]
 
 
 def test_outcome_and_reason(tmp_path: Path) -> None:
-    assert read_outcome(tmp_path) == ("", "")
-    write_outcome(tmp_path, "stopped", "step 3:\nthe run has collapsed: use another")
-    assert read_outcome(tmp_path) == ("stopped", "step 3: the run has collapsed: use another")
+    assert RunDir(tmp_path).read_outcome() == ("", "")
+    RunDir(tmp_path).write_outcome("stopped", "step 3:\nthe run has collapsed: use another")
+    assert RunDir(tmp_path).read_outcome() == ("stopped", "step 3: the run has collapsed: use another")

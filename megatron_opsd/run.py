@@ -1,0 +1,182 @@
+"""A run from its start to its outcome. It alone decides when to save, to evaluate and to stop."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from megatron_opsd import events
+from megatron_opsd.config import Config
+from megatron_opsd.data.datasets import read_examples, read_held_out
+from megatron_opsd.data.prompts import build_prompts
+from megatron_opsd.data.sampler import Sampler
+from megatron_opsd.errors import AbandonedError, RunStoppedError, UserError
+from megatron_opsd.evaluate import evaluate
+from megatron_opsd.model import parallel
+from megatron_opsd.model.gpt import layers_in_use
+from megatron_opsd.reliability import checkpoint
+from megatron_opsd.reliability.guards import Guards
+from megatron_opsd.reliability.preemption import PreemptionHandler
+from megatron_opsd.reliability.run_dir import RunDir
+from megatron_opsd.reliability.watchdog import Watchdog
+from megatron_opsd.rollout.engine import NoServerLeftError
+from megatron_opsd.telemetry.metrics import Clock, MetricsWriter, is_due, start_logging
+from megatron_opsd.trainer import Trainer
+from megatron_opsd.types import Example
+
+T = TypeVar("T")
+SAVE_MARGIN = 1.5  # how much longer than the last save the next may take
+
+
+def train(config: Config) -> None:
+    """Run until ``train.steps``, or until a signal. Every rank of the run calls this."""
+    layout = parallel.initialize(config.parallel, config.train.seed)
+    preemption = PreemptionHandler(config.checkpoint.signal_lead_seconds)
+    run_dir = RunDir(config.logging.run_dir)
+    if layout.rank == 0:
+        run_dir.prepare()
+        ranks = f"{layout.world_size} ranks, {layers_in_use()} layers"
+        print(f"loading {config.model.path} on {ranks}; messages go to {run_dir.logs}", flush=True)
+    dist.barrier()
+    start_logging(run_dir, layout.rank)
+    run = Run(config, layout, run_dir, preemption)
+    step = run.trainer.progress.step
+    with MetricsWriter(config, run.trainer.prompts.tokenizer, step, enabled=layout.rank == 0) as writer:
+        events.record("start", step=step, world_size=layout.world_size, layers=layers_in_use())
+        if step:
+            writer.say(f"going on after step {step}")
+        broken_off = run.to_the_end(writer)
+    run.close(broken_off)
+    parallel.finalize()
+
+
+class Run:
+    """The trainer, and what watches over it."""
+
+    def __init__(self, config: Config, layout: parallel.Layout, run_dir: RunDir, preemption: PreemptionHandler) -> None:
+        self.config, self.layout, self.run_dir, self.preemption = config, layout, run_dir, preemption
+        self.watchdog = Watchdog(config.timeouts, preemption)  # it also watches over what follows
+        # What a user may have to mend comes before what takes minutes.
+        resume_from = checkpoint.find(run_dir, config.checkpoint.resume)
+        self.checkpoints = checkpoint.Checkpoints(run_dir, config.checkpoint)
+        prompts = build_prompts(config)
+        self.held_out: list[Example] = []
+        if config.evaluate.data and config.evaluate.interval:
+            self.held_out = read_held_out(config.evaluate.data, prompts.tokenizer)[: config.evaluate.limit]
+        sampler = Sampler(read_examples(config.data, prompts.tokenizer), config.train.seed)
+        check_same_data(sampler)
+        self.trainer = Trainer(config, layout, prompts, sampler, resume_from)
+        self.checkpoints.saved = self.trainer.progress.step
+        self.guards = Guards(config.guards, self.trainer.progress.guards)
+        self.step_seconds = math.inf  # of the last one; not known yet
+
+    def to_the_end(self, writer: MetricsWriter) -> str:
+        """Steps, evaluations and checkpoints until all are done, or broken off and saved; then the trained model.
+
+        Returns why the run was broken off; empty where it was not.
+        """
+        progress, interval = self.trainer.progress, self.config.checkpoint.save_interval
+        broken_off = ""
+        try:
+            while True:
+                self.evaluate_if_due(writer)
+                if progress.step == self.config.train.steps:
+                    break
+                if parallel.any_rank(self.preemption.received):
+                    raise AbandonedError("not begun")
+                if is_due(progress.step, interval) and self.checkpoints.saved < progress.step:
+                    attempt(self.save, writer)
+                clock = Clock(self.watchdog.enter)
+                result = self.trainer.step(clock, partial(self.is_late, clock))
+                self.step_seconds = clock.elapsed()
+                # It was written meanwhile, and is complete before this step is recorded.
+                writer.warn(attempt(self.finish_saving, writer) or [])
+                writer.step(result)
+                writer.warn(self.guards.step(result.metrics))
+        except AbandonedError as reason:
+            broken_off = f"{self.preemption.name}, the next step {reason}"
+        except NoServerLeftError as reason:
+            broken_off = str(reason)
+        except RunStoppedError:
+            self.finish_saving()
+            raise
+        if broken_off:
+            writer.warn([f"{broken_off}: saving after step {progress.step}, and leaving"])
+        if interval and self.checkpoints.saved < progress.step:
+            self.save()
+        self.finish_saving()
+        if self.config.checkpoint.export_hf and not broken_off:
+            self.watchdog.enter("save")
+            self.trainer.export_hf(self.run_dir.hf)
+            writer.say(f"the trained model is in {self.run_dir.hf}")
+        return broken_off
+
+    def evaluate_if_due(self, writer: MetricsWriter) -> None:
+        """Accuracy on the held-out problems before the first step, after the last, and now and then."""
+        progress, settings = self.trainer.progress, self.config.evaluate
+        due = progress.step in (0, self.config.train.steps) or is_due(progress.step, settings.interval)
+        if not (self.held_out and due and progress.evaluated < progress.step):
+            return
+        self.watchdog.enter("evaluate")
+        trainer = self.trainer
+        trainer.memory.for_rollout()
+        evaluation = evaluate(
+            trainer.engine, trainer.prompts, self.held_out, self.config, lambda: self.preemption.received
+        )
+        progress.evaluated = progress.step
+        writer.evaluation(progress.step, evaluation)
+        writer.warn(self.guards.evaluation(progress.step, evaluation))
+
+    def save(self) -> None:
+        """Begin to write a checkpoint of the run between two steps."""
+        self.watchdog.enter("save")
+        trainer = self.trainer
+        trainer.progress.guards = self.guards.state_dict()
+        self.checkpoints.save(trainer.student.model, trainer.optimizer, trainer.progress, keep=self.guards.best_step)
+
+    def finish_saving(self) -> list[str]:
+        """Wait for the checkpoint under way, if any. Returns what the reader should know about it."""
+        self.watchdog.enter("save")
+        finished = self.checkpoints.finish()
+        seconds, lead = self.checkpoints.seconds, self.config.checkpoint.signal_lead_seconds
+        if not finished or SAVE_MARGIN * seconds <= lead:
+            return []
+        return [
+            f"a checkpoint took {seconds:.1f} s, for which checkpoint.signal_lead_seconds = {lead:g} leaves no room; "
+            f"let signals come {SAVE_MARGIN * seconds + self.step_seconds:.0f} s before the end (a step and a save)"
+        ]
+
+    def is_late(self, clock: Clock) -> bool:
+        """Whether a signal has come that leaves this rank too little time to finish the step and save after it."""
+        step = max(0.0, self.step_seconds - clock.elapsed())
+        save = SAVE_MARGIN * self.checkpoints.seconds if self.config.checkpoint.save_interval else 0.0
+        return self.preemption.late(step + save)
+
+    def close(self, broken_off: str) -> None:
+        """Write the outcome, and leave watchdog and engine. All ranks call this."""
+        if self.layout.rank == 0:
+            why = f"{broken_off or 'all steps are done'}, after step {self.trainer.progress.step}"
+            self.run_dir.write_outcome("interrupted" if broken_off else "finished", why)
+        dist.barrier()  # the first rank that leaves may take the others along
+        self.watchdog.close()
+        self.trainer.close()
+
+
+def attempt(save: Callable[[], T], writer: MetricsWriter) -> T | None:
+    """A checkpoint that cannot be written costs a line, not the run."""
+    try:
+        return save()
+    except checkpoint.SaveError as error:
+        writer.warn([f"{error}; going on without it"])
+        return None
+
+
+def check_same_data(sampler: Sampler) -> None:
+    """Raise UserError unless all ranks have read the same data."""
+    digests: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(digests, sampler.digest)
+    for rank, digest in enumerate(digests):
+        if digest != digests[0]:
+            raise UserError(f"data.path: rank {rank} reads other data than rank 0; give all nodes the same file")
