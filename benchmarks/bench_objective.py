@@ -6,7 +6,7 @@ on a CPU, with one thread, and wall time between synchronisations on a GPU. Memo
 before: on a CPU that of a forked child that runs the candidate once, on a GPU the allocator's.
 
 Peers that are not installed are left out. A candidate that runs out of memory has a row that says so. Writes
-benchmarks/results/objective-{cpu,cuda}.{md,json}, anew after every table.
+benchmarks/results/objective-{cpu,cuda}.{md,json}, again after every table.
 """
 
 import argparse

@@ -88,7 +88,7 @@ def gradient(student: Tensor, teacher: Tensor, spec: Divergence) -> tuple[Tensor
 
 
 def turn() -> list[Row]:
-    """How each clip's gradient stands to the unclipped one."""
+    """How each clip's gradient compares with the unclipped one."""
     rows = []
     for name, student, teacher in distributions():
         for kind in KINDS:

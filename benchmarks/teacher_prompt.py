@@ -2,8 +2,8 @@
 
 The model of FILE.toml answers the problems of `evaluate.data` with the student's prompt, and again with the teacher's.
 Then transformers reads greedy responses (tokenized again) and reference solutions under both prompts: the mean log-prob
-of a token, how often both sides put the same token first, and what stands at both ends. Settings are overridden as a
-run's are.
+of a token, how often both sides put the same token first, and which tokens are at both ends. Settings are overridden as
+a run's are.
 """
 
 import argparse

@@ -48,7 +48,7 @@ outcome() {
 give_up() {
     local why="crashed $1 times in a row without a new checkpoint (newest: $checkpoint, MAX_RESTARTS=$max_restarts)"
     echo "stopped: $why" >"$OUT/outcome"
-    stop "giving up: $why; what went wrong stands above and in $OUT/logs"
+    stop "giving up: $why; see above and $OUT/logs for what went wrong"
 }
 checkpoint=$(newest_checkpoint) starts=1
 if read -r job counted seen 2>/dev/null <"$OUT/restarts" && [ "$job" = "$SLURM_JOB_ID" ] &&

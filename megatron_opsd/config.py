@@ -52,7 +52,7 @@ class ModelConfig(Section):
 
 class TeacherConfig(Section):
     placement: Literal["resident", "offload"] = "resident"
-    """`offload` keeps the teacher's weights, but for its LM head, in pinned host memory while it is not scoring."""
+    """`offload` keeps the teacher's weights in pinned host memory while it is not scoring; its LM head stays."""
     context: Literal["solution", "shuffled", "nothing"] = "solution"
     """`solution` is the method. Controls: `shuffled`, another problem's solution; `nothing`, the student's prompt."""
 
@@ -181,7 +181,7 @@ class OptimConfig(Section):
     """Start a bfloat16 model's float32 parameters at random places among the numbers that round to its weights, so that
     the weights follow small steps from the first one on."""
     placement: Literal["resident", "offload"] = "resident"
-    """`offload` keeps the optimizer's states in pinned host memory but for its own step, and frees the gradients until
+    """`offload` keeps the optimizer's states in pinned host memory outside of its step, and frees the gradients until
     the student's pass. Needs use_distributed_optimizer."""
     use_distributed_optimizer: bool = True
     """Shard the optimizer's states over the data-parallel ranks."""

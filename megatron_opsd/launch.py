@@ -24,8 +24,8 @@ from megatron_opsd.reliability.run_dir import RunDir
 def main(recipe: str, model: str = "", problems: str = "", settings: Mapping[str, str] | None = None) -> None:
     """Train ``examples/<recipe>.toml`` under torchrun, with MODEL, DATA and OUT from the environment.
 
-    recipe, model, problems: below examples/. ``model`` stands in for MODEL, and ``problems`` is a script that writes
-        train.jsonl and test.jsonl where DATA is not set.
+    recipe, model, problems: below examples/. ``model`` is used where MODEL is not set, and ``problems`` is a script that
+        writes train.jsonl and test.jsonl where DATA is not set.
     settings: of this launch script, below those of the environment and of the command line.
     """
     script = Path(sys.argv[0]).resolve()
@@ -54,7 +54,7 @@ def main(recipe: str, model: str = "", problems: str = "", settings: Mapping[str
 
 
 def torchrun_command(script: Path) -> str:
-    """What starts a launch script by hand on each node of its hardware; it stands in the script's comments."""
+    """The command that starts a launch script by hand on each node; the script's comments have it."""
     found = re.search(r"^# +(torchrun .*)$", script.read_text(), flags=re.MULTILINE)
     assert found, script
     return found[1]

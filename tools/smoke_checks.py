@@ -63,7 +63,7 @@ def check_refit(run_dir: Path, dtype: str) -> Result:
 
     gaps = [line["refit_logprob_gap"] for line in read_jsonl(run_dir / "metrics.jsonl")]
     limit = MAX_LOGPROB_GAP[dtype]
-    # JSON has no NaN: it stands there as null.
+    # JSON has no NaN: it is written as null.
     passed = len(gaps) == LAST and all(gap is not None and gap <= limit for gap in gaps)
     shown = ", ".join("none" if gap is None else f"{gap:.2e}" for gap in gaps)
     numbers = f"mean gap of vLLM's log-probs {shown} nats in {len(gaps)} steps, limit {limit:g}"
@@ -74,7 +74,7 @@ def check_resume(run_dir: Path, resumed: Path, model: Path, exact: bool) -> Resu
     """The last step of the unbroken run against that of one that went on from the checkpoint before it.
 
     exact: all numbers and weights are equal bit for bit (CPU). Otherwise the rollouts are the same, the loss nearly,
-    and the weights but for a part of what the run changed, which lost optimizer states would exceed.
+    and the weights, except for a part of what the run changed, which lost optimizer states would exceed.
     """
     (wanted,), (line,) = (
         [line for line in RunDir(path).repeatable_metrics() if line["step"] == LAST] for path in (run_dir, resumed)
@@ -110,7 +110,7 @@ def weight_difference(first: Path, second: Path, start: Path) -> float:
 
 @dataclass(frozen=True)
 class Expected:
-    """GiB that each move on a rank's GPU must free or take at least, but for what is too small to be seen."""
+    """GiB that each move on a rank's GPU must free or take at least; what is too small to be seen is left out."""
 
     weights: float  # vLLM's
     teacher: float  # without its head

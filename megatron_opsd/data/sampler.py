@@ -42,7 +42,7 @@ class Sampler:
         return batch
 
     def state_dict(self) -> dict[str, int | str]:
-        """Return where the sampler stands, and what identifies its data, as plain JSON values."""
+        """The sampler's position, and what identifies its data, as plain JSON values."""
         return {"epoch": self._epoch, "position": self._position, **self._identity()}
 
     def load_state_dict(self, state: Mapping[str, int | str]) -> None:

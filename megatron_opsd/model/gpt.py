@@ -232,7 +232,7 @@ def build_model(
 def forward(model: torch.nn.Module, sequences: Sequences) -> Tensor:
     """What the stage makes of one side of a micro-batch, [s, b, h], or [s/tp, b, h] under sequence parallelism."""
     tokens, boundaries = sequences.tokens, sequences.boundaries
-    # Of right-padded sequences; where they are packed, the boundaries say where the rotation begins anew.
+    # Of right-padded sequences; where they are packed, the boundaries say where the rotation starts again.
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     packed = None
     if boundaries is not None:

@@ -54,7 +54,7 @@ def _dither(optimizer: MegatronOptimizer, model: HiddenStateGPT) -> None:
     """Put each float32 parameter at a random place among the numbers that round to its bfloat16 weight.
 
     A checkpoint's weights are bfloat16 numbers. Without this every float32 parameter starts in the middle of its
-    rounding interval, which is wider than dozens of small steps: the model stands still meanwhile, and then too many
+    rounding interval, which is wider than dozens of small steps: the model does not move meanwhile, and then too many
     weights jump at once. From random places the rounded weights follow their parameters on average from the first step
     on (dither: Schuchman 1964). No weight of the model changes here.
     """
@@ -98,8 +98,8 @@ def build_schedule(optimizer: MegatronOptimizer, config: OptimConfig, steps: int
 
 
 class OptimizerStates:
-    """Where the optimizer's states are: under ``optim.placement = "offload"`` on a GPU, in pinned host memory but for
-    its own step.
+    """Where the optimizer's states are. With ``optim.placement = "offload"`` they are in pinned host memory, and on the
+    GPU during the optimizer's step only.
 
     The distributed optimizer's float32 parameters are states too where the model's are bfloat16.
     """

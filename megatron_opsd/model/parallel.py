@@ -27,7 +27,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 @dataclass(frozen=True)
 class Layout:
-    """Where this rank stands, and the groups it shares."""
+    """This rank's place in the layout, and the groups it belongs to."""
 
     pg_collection: ProcessGroupCollection
     rank: int
@@ -78,7 +78,7 @@ def device() -> torch.device:
 def initialize(config: ParallelConfig, seed: int) -> Layout:
     """Join the process group torchrun describes (or one of a single process) and build Megatron's groups.
 
-    Called again in the same process group it builds them anew, for another layout.
+    A second call in the same process group builds them again, for another layout.
 
     Raises:
         UserError: the rendezvous port is taken.

@@ -20,7 +20,7 @@ GLIBC_KEEPS_BYTES = 31 * 2**20
 
 
 def normalizer_sums(logits: Logits, temperatures: tuple[float, ...]) -> LocalSums:
-    """First pass: this rank's maxima, where they stand, and sums of exponentials less its own maxima."""
+    """First pass: this rank's maxima, their columns, and sums of exponentials less its own maxima."""
     n, width = logits.student.shape
     if width == 0:
         nothing = logits.student.new_zeros((2, n), dtype=logits.dtype)

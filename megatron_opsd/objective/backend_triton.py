@@ -35,7 +35,7 @@ LOG_2_E = tl.constexpr(1 / log(2))
 
 
 def normalizer_sums(logits: Logits, temperatures: tuple[float, ...]) -> LocalSums:
-    """First pass: this rank's maxima, where they stand, and sums of exponentials less its own maxima."""
+    """First pass: this rank's maxima, their columns, and sums of exponentials less its own maxima."""
     n = len(logits.student)
     values = torch.empty(3 + 2 * len(temperatures), n, dtype=logits.dtype, device=logits.student.device)
     top_ids = torch.empty(2, n, dtype=torch.long, device=values.device)

@@ -80,7 +80,7 @@ def check_servers(config: Config) -> None:
         if not _is_base_url(url):
             raise UserError(f"rollout.servers = {url!r}: must be the URL of a server, such as http://127.0.0.1:8000")
         if url in servers[:i]:
-            raise UserError(f"rollout.servers = {url!r}: stands there twice; remove one")
+            raise UserError(f"rollout.servers = {url!r}: is listed twice; remove one")
 
 
 def _is_base_url(url: str) -> bool:

@@ -107,7 +107,7 @@ class Guards:
             f"step {metrics['step']}: the student may not be learning: over {self._config.patience} steps its "
             f"divergence from the teacher is {now['divergence']:.3g} (first steps: {first['divergence']:.3g}), and its "
             f"entropy {now['entropy_student']:.3g} has gone past the teacher's {now['entropy_teacher']:.3g}; start "
-            'anew with a lower optim.lr, a larger train.global_batch_size, or without objective.clip_mode = "entry"'
+            'again with a lower optim.lr, a larger train.global_batch_size, or without objective.clip_mode = "entry"'
         ]
 
     def _count_skipped(self, metrics: Mapping[str, float]) -> None:
@@ -121,9 +121,9 @@ class Guards:
 
     def _advice(self) -> str:
         if not self._state.best_step:
-            return "use an earlier checkpoint, or start anew with a lower optim.lr"
+            return "use an earlier checkpoint, or start again with a lower optim.lr"
         best = f"step {self._state.best_step} (held-out accuracy {self._state.best_accuracy:.3f})"
-        return f"use the best checkpoint, {best}, or start anew with a lower optim.lr"
+        return f"use the best checkpoint, {best}, or start again with a lower optim.lr"
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self._state)

@@ -1,6 +1,6 @@
 """Ends a run that hangs, and says which ranks are missing, in which phase, at which line.
 
-Every rank has a thread that posts where its main thread stands, to the store through which the ranks found each other
+Every rank has a thread that posts the position of its main thread to the store through which the ranks found each other
 (torchrun's agent keeps it, so it outlives them). A rank whose phase lasts too long reads what the others have posted.
 """
 

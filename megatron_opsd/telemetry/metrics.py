@@ -50,7 +50,7 @@ class Clock:
 class MetricsWriter:
     """metrics.jsonl, TensorBoard and the terminal. On ranks other than 0 (``enabled`` false) it does nothing.
 
-    A resumed run drops the lines that were written after its checkpoint, so that each step stands once.
+    A resumed run drops the lines that were written after its checkpoint, so that each step is there once.
     """
 
     def __init__(self, config: Config, tokenizer: "PreTrainedTokenizerBase", start: int, enabled: bool) -> None:

@@ -1,6 +1,6 @@
 """One table per model family: which Hugging Face tensors each Megatron parameter is made of.
 
-Only names, shapes and splits stand here; mapping.py knows what to do with them. docs/architecture.md adds a family
+Here are only names, shapes and splits; mapping.py knows what to do with them. docs/architecture.md adds a family
 as an example.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 class Row:
     """A parameter of Megatron and the tensors of Hugging Face's that it holds.
 
-    megatron: the parameter's name. ``{layer}`` stands for the layer's number in the whole model, ``{expert}`` for the
+    megatron: the parameter's name. ``{layer}`` is the layer's number in the whole model, ``{expert}`` for the
         expert's (in ``hf``) and for its number among the rank's experts (in ``megatron``).
     hf: the tensors' names and whole shapes, in the order in which Megatron keeps their rows. A shape has a letter for
         each dimension: h hidden_size, v vocab_size, q and k the rows of all query heads and of all key (or value)

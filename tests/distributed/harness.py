@@ -145,7 +145,7 @@ def _enter(
     faulthandler.register(signal.SIGUSR2, all_threads=True)
     if limit_file_bytes:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit_file_bytes, limit_file_bytes))
-    # The server's environment is that of the first test, but for what the imports have set.
+    # The server's environment is that of the first test, with what the imports have set.
     settings = sys.modules[_PRELOADED].SETTINGS if _FORKS else {}
     os.environ.clear()
     os.environ.update(settings | environment)

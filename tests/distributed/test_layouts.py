@@ -279,7 +279,7 @@ def compute(case: Case, path: str, layout: Layout, tmp: str) -> None:
 
 
 def relay(case: Case, path: str, layout: Layout, tmp: str) -> None:
-    """Take the checkpoint of the layout before, write it anew, and go on from it as the first layout did."""
+    """Take the checkpoint of the layout before, write it again, and go on from it as the first layout did."""
     run, run_dir = Run(case, path, layout), Path(tmp) / "relay"
     checkpoints = checkpoint.Checkpoints(RunDir(run_dir), CheckpointConfig())
     saved = run_dir / "checkpoints" / "step_000001"

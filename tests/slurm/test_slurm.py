@@ -219,7 +219,7 @@ weights of an undisturbed one, bit for bit, and with each step once in metrics.j
 {table}
 
 - **all ranks ended**: no process of the run is left on any node that has power.
-- **job ran again**: SLURM has started it anew. A requeued job waits for SLURM's `cred_expire` (5 s here, 120 s by
+- **job ran again**: SLURM has started it again. A requeued job waits for SLURM's `cred_expire` (5 s here, 120 s by
   default); that a node is gone SLURM notices after `SlurmdTimeout` and its next ping (10 s here, 300 s by default).
 - **new step**: the run has made a step that it had not made before. Nearly all of it is the start of Python and vLLM,
   four times on {cores} cores, beside other work. A cluster's figures are its own.

@@ -42,7 +42,7 @@ def test_a_bound_warns_forgets_and_ends_the_run(bounds: dict, bad: dict, words: 
         (warning,) = guards.step(metrics(step, **bad))
         assert warning.startswith(f"step {step}: {words}")
         assert f"({step - 1} of 3 steps in a row)" in warning
-    assert guards.step(metrics(4)) == []  # one good step, and counting starts anew
+    assert guards.step(metrics(4)) == []  # one good step, and counting starts again
     guards.step(metrics(5, **bad))
     resumed = Guards(GuardsConfig(patience=3, **bounds), json.loads(json.dumps(guards.state_dict())))
     resumed.step(metrics(6, **bad))
@@ -82,7 +82,7 @@ def test_a_student_that_becomes_less_sure_and_comes_no_nearer_is_told_of() -> No
     assert warning.startswith(
         "step 9: the student may not be learning: over 3 steps its divergence from the teacher is 0.1 ("
     )
-    assert "its entropy 2.5 has gone past the teacher's 2; start anew with a lower optim.lr" in warning
+    assert "its entropy 2.5 has gone past the teacher's 2; start again with a lower optim.lr" in warning
     assert less_sure(resumed, range(10, 13), entropy=2.5, divergence=0.09) == []
     assert less_sure(resumed, range(13, 16), entropy=2.5, divergence=0.5, skipped=1) == []  # changed no weights
 

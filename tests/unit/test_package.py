@@ -14,7 +14,7 @@ from megatron_opsd.config import dump_toml, fields, load_config
 
 PACKAGE = Path(megatron_opsd.__file__).parent
 
-# The rooms of docs/architecture.md. A module imports only from rooms that stand before its own, or from its own.
+# The rooms of docs/architecture.md. A module imports only from its own room and from those before it.
 ROOMS = [
     ["errors", "types", "events", "config"],
     ["data", "objective", "weights"],

@@ -198,7 +198,7 @@ def test_remedies_are_plans() -> None:
 
 
 def test_offloaded_teacher_leaves_the_device() -> None:
-    """But for its head, and while it scores."""
+    """Its head stays, and all of it is there while it scores."""
     config = config_of("Qwen3-32B", parallel=ParallelConfig(tensor_model_parallel_size=8, sequence_parallel=True))
     offload = config.model_copy(update={"teacher": config.teacher.model_copy(update={"placement": "offload"})})
     resident, offloaded = (make_plan(x, Cluster(1, 8, 80)).stages[0].phases for x in (config, offload))

@@ -126,7 +126,7 @@ def test_of_equal_maxima_the_first_counts() -> None:
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 @pytest.mark.parametrize("apart", [2**-12, -(2**-12), 0.25, -1.5, 40.0])
 def test_the_difference_stays_precise_when_maxima_move(apart: float, temperature: float) -> None:
-    """Both sides' entries are equal but for the second tile's only large one."""
+    """Both sides' entries are equal, except for the second tile's only large one."""
     student = logits_of(torch.float32, n=1, width=2 * TILE).student
     student[:, TILE:] = -1e4
     student[:, TILE + 7] = 9
@@ -300,7 +300,7 @@ def test_whole_objective(spec: Divergence, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_spans_of_the_polynomials() -> None:
-    """Float32's leave out less than 1e-7 of what they stand for, float64's less than 1e-13, for any mixture."""
+    """Float32's leave out less than 1e-7 of the whole series, float64's less than 1e-13, for any mixture."""
     x = torch.linspace(-0.5, 0.5, 101, dtype=torch.float64)
     for (dtype, error), beta in product(((torch.float32, 1e-7), (torch.float64, 1e-13)), (0.02, 0.3, 0.97)):
         constants = backend_triton._constants(Divergence(kind="jsd", beta=beta), dtype)
