@@ -24,7 +24,7 @@ from megatron_opsd.reliability.run_dir import RunDir
 def main(recipe: str, model: str = "", problems: str = "", settings: Mapping[str, str] | None = None) -> None:
     """Train ``examples/<recipe>.toml`` under torchrun, with MODEL, DATA and OUT from the environment.
 
-    recipe, model, problems: below examples/. ``model`` is used where MODEL is not set, and ``problems`` is a script that
+    recipe, model, problems: below examples/. ``model`` is used where MODEL is not set; ``problems`` is a script that
         writes train.jsonl and test.jsonl where DATA is not set.
     settings: of this launch script, below those of the environment and of the command line.
     """
