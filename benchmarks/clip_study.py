@@ -62,7 +62,7 @@ def quick_start_logits() -> tuple[Tensor, Tensor]:
     """Of the quick start's base at the tokens of its own sampled answers, without and with the solution in sight."""
     from transformers import AutoModelForCausalLM
 
-    from megatron_opsd.config import load_config
+    from megatron_opsd.config_file import load_config
     from megatron_opsd.data.datasets import read_examples
     from megatron_opsd.data.prompts import build_prompts
 

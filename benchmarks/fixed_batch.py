@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_opsd.config import Config, add_overrides, load_config
+from megatron_opsd.config import Config
+from megatron_opsd.config_file import add_overrides, load_config
 from megatron_opsd.data.batch import Batch, Microbatch, Sample, split
 from megatron_opsd.data.datasets import read_examples
 from megatron_opsd.data.prompts import build_prompts, max_model_len

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_opsd.config import Config, ParallelConfig, add_overrides, load_config
+from megatron_opsd.config import Config, ParallelConfig
+from megatron_opsd.config_file import add_overrides, load_config
 from megatron_opsd.data.datasets import read_held_out
 from megatron_opsd.data.prompts import PromptBuilder, build_prompts, max_model_len
 from megatron_opsd.evaluate import evaluate

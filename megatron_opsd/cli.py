@@ -11,7 +11,8 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megatron_opsd.config import Config, add_overrides, fields, load_config
+from megatron_opsd.config import Config
+from megatron_opsd.config_file import add_overrides, fields, load_config
 from megatron_opsd.errors import UserError
 from megatron_opsd.reliability.run_dir import RunDir
 

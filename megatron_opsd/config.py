@@ -1,18 +1,13 @@
-"""The whole configuration of a run: one frozen, strict schema, read from TOML with dotted overrides.
+"""The whole configuration of a run: one frozen, strict schema. config_file.py reads it from TOML.
 
-The string under each field is its ``--help``. This module imports no torch, so that mistakes show at once.
+The string under each field is its ``--help``. What can be said of settings without a model or a cluster is checked
+here, by validators whose errors name the settings; the rest is plan/preflight.py's.
 """
 
-import argparse
-import difflib
-import json
-import tomllib
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from megatron_opsd.errors import UserError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 # The wording of the prompts. Here because it is configuration; prompts.py turns it into token ids.
 _CLOSING = r"Please reason step by step, and put your final answer within \boxed{}."
@@ -33,6 +28,25 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Minutes = Annotated[float, Field(gt=0)]
+
+
+def _check_base_url(url: str) -> str:
+    if not _is_base_url(url):
+        raise ValueError(f"rollout.servers = {url!r}: must be the URL of a server, such as http://127.0.0.1:8000")
+    return url
+
+
+def _is_base_url(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        named = bool(parts.hostname) and parts.port is not None
+    except ValueError:  # a port that is none
+        return False
+    more = parts.path.strip("/") or parts.query or parts.fragment or parts.username
+    return parts.scheme in ("http", "https") and named and not more
+
+
+BaseURL = Annotated[str, AfterValidator(_check_base_url)]
 
 
 class Section(BaseModel):
@@ -68,6 +82,12 @@ class ParallelConfig(Section):
     """Also split the norms' activations over the tensor-parallel ranks."""
     timeout_minutes: Positive = 120
     """A collective that waits longer than this ends the run. Those of [timeouts] say more, if they strike first."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise ValueError("parallel.sequence_parallel needs parallel.tensor_model_parallel_size > 1")
+        return self
 
 
 class DataConfig(Section):
@@ -110,7 +130,7 @@ class PromptsConfig(Section):
 class RolloutConfig(Section):
     engine: Literal["colocated", "server"] = "colocated"
     """`colocated` takes turns with training on its GPUs; `server` asks `rollout.servers`, on other nodes as a rule."""
-    servers: list[str] = []
+    servers: list[BaseURL] = []
     """The servers of engine `server`, such as http://127.0.0.1:8000; each was started with `opsd serve`."""
     tensor_model_parallel_size: Positive = 1
     """vLLM's tensor-parallel size: any divisor of the world size, whatever Megatron's layout; or that of a server."""
@@ -138,6 +158,13 @@ class RolloutConfig(Section):
     """Steps between refits whose tensors are compared by checksum; 0 for none. Log-probs are compared at every step."""
     refit_max_logprob_gap: Annotated[float, Field(gt=0)] | None = None
     """Largest mean difference of vLLM's and Megatron's log-probs. Default: 1e-4 for float32, 0.05 for bfloat16."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        twice = [url for i, url in enumerate(self.servers) if url in self.servers[:i]]
+        if twice:
+            raise ValueError(f"rollout.servers = {twice[0]!r}: is listed twice; remove one")
+        return self
 
 
 class ObjectiveConfig(Section):
@@ -185,6 +212,14 @@ class OptimConfig(Section):
     the student's pass. Needs use_distributed_optimizer."""
     use_distributed_optimizer: bool = True
     """Shard the optimizer's states over the data-parallel ranks."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.placement == "offload" and not self.use_distributed_optimizer:
+            raise ValueError("optim.placement = 'offload' needs optim.use_distributed_optimizer = true; change either")
+        if self.min_lr > self.lr:
+            raise ValueError(f"optim.min_lr = {self.min_lr} exceeds optim.lr = {self.lr}; lower it")
+        return self
 
 
 class TrainConfig(Section):
@@ -314,102 +349,15 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     """[evaluate]"""
 
-
-def fields(schema: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
-    """Dotted name -> pydantic field of every setting below ``schema``."""
-    found: dict[str, Any] = {}
-    for name, field in schema.model_fields.items():
-        section = _section_of(field.annotation)
-        if section is None:
-            found[prefix + name] = field
-        else:
-            found |= fields(section, f"{prefix}{name}.")
-    return found
-
-
-def _section_of(annotation: Any) -> type[Section] | None:
-    for candidate in (annotation, *getattr(annotation, "__args__", ())):
-        if isinstance(candidate, type) and issubclass(candidate, Section):
-            return candidate
-    return None
-
-
-def add_overrides(parser: argparse.ArgumentParser) -> None:
-    """Give ``parser`` one ``--section.key`` option for every field, with the field's docstring as its help."""
-    group = parser.add_argument_group("settings that override the file")
-    for name, field in fields().items():
-        default = "required" if field.is_required() else json.dumps(field.default)
-        text = f"{field.description} ({default if len(default) < 60 else 'default: see the docs'})"
-        group.add_argument(f"--{name}", metavar="VALUE", help=text.replace("%", "%%"), default=argparse.SUPPRESS)
-
-
-def load_config(path: str, overrides: dict[str, str]) -> Config:
-    """Read a TOML file, lay dotted ``overrides`` over it and validate the result.
-
-    Raises:
-        UserError: unreadable file, unknown key (with the nearest valid one), wrong type or range.
-    """
-    try:
-        raw = tomllib.loads(Path(path).read_text())
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the configuration ({error.strerror})") from error
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from error
-    for name, text in overrides.items():
-        _set(raw, name, text, path)
-    try:
-        return Config.model_validate(raw)
-    except ValidationError as error:
-        raise UserError(_explain(error, path, overrides)) from error
-
-
-def _set(raw: dict[str, Any], name: str, text: str, path: str) -> None:
-    *sections, key = name.split(".")
-    for section in sections:
-        raw = raw.setdefault(section, {})
-        if not isinstance(raw, dict):
-            raise UserError(f"{path}: {section} = {raw!r}: must be a section, [{section}]")
-    try:
-        raw[key] = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        field = fields().get(name)
-        is_none = text.lower() == "none" and field is not None and field.default is None
-        raw[key] = None if is_none else text  # an unquoted string
-
-
-def _explain(error: ValidationError, path: str, overrides: dict[str, str]) -> str:
-    first = error.errors()[0]
-    name = ".".join(str(part) for part in first["loc"])
-    where = f"--{name}" if name in overrides else f"{path}: {name}"
-    if first["type"] == "extra_forbidden":
-        known = [*fields(), *{key.rpartition(".")[0] for key in fields()} - {""}]
-        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-        return f"{where}: unknown key; the nearest valid one is {nearest}"
-    if first["type"] == "missing":
-        setting = next(field for field in fields() if f"{field}.".startswith(f"{name}."))
-        return f"{path}: {setting}: missing; set it in the file or with --{setting}"
-    return f"{where} = {first['input']!r}: {first['msg']}"
-
-
-def dump_toml(config: Config) -> str:
-    """The resolved configuration as TOML that :func:`load_config` reads back to the same values.
-
-    TOML has no null: a field that is None is left out, so None may only ever be a field's default.
-    """
-    lines: list[str] = []
-
-    def write(section: dict[str, Any], prefix: str) -> None:
-        lines.append(f"[{prefix}]")
-        lines.extend(
-            f"{key} = {json.dumps(value, ensure_ascii=False)}"
-            for key, value in section.items()
-            if value is not None and not isinstance(value, dict)
-        )
-        lines.append("")
-        for key, value in section.items():
-            if isinstance(value, dict):
-                write(value, f"{prefix}.{key}")
-
-    for name, section in config.model_dump().items():
-        write(section, name)
-    return "\n".join(lines)
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        size, samples = self.train.global_batch_size, self.rollout.samples_per_prompt
+        if size % samples:
+            raise ValueError(f"rollout.samples_per_prompt = {samples} does not divide train.global_batch_size = {size}")
+        if self.teacher.context == "shuffled" and size == samples:
+            raise ValueError("teacher.context = 'shuffled' needs two problems a step; raise train.global_batch_size")
+        if self.evaluate.interval and not self.evaluate.data:
+            raise ValueError(
+                "evaluate.interval is on but evaluate.data.path is missing; set it or evaluate.interval = 0"
+            )
+        return self

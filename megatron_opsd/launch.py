@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_opsd import cli
-from megatron_opsd.config import Config, add_overrides, load_config
+from megatron_opsd.config import Config
+from megatron_opsd.config_file import add_overrides, load_config
 from megatron_opsd.errors import UserError
 from megatron_opsd.reliability.run_dir import RunDir
 

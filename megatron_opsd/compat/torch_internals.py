@@ -25,7 +25,7 @@ def join_pretended_group(rank: int, world_size: int) -> None:
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
 
 
-class _Section(io.RawIOBase):
+class _FilePart(io.RawIOBase):
     """Part of a file as a file."""
 
     def __init__(self, file: io.FileIO, start: int, length: int) -> None:
@@ -47,7 +47,7 @@ class _Section(io.RawIOBase):
 
 def load_archive(file: io.FileIO, mapped: UntypedStorage, place: StorageInfo, dtype: torch.dtype) -> Tensor:
     """What ``torch.load(mmap=True)`` does for a file, for a ``torch.save`` archive somewhere in one."""
-    archive: Any = torch._C.PyTorchFileReader(_Section(file, place.offset, place.length))  # pyright: ignore
+    archive: Any = torch._C.PyTorchFileReader(_FilePart(file, place.offset, place.length))  # pyright: ignore
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:

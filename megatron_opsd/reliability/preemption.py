@@ -15,6 +15,7 @@ import time
 log = logging.getLogger(__name__)
 
 TERM_LEAD_SECONDS = 25.0  # SLURM's KillWait and torchrun's patience are 30 s
+SHOW_STACKS = signal.SIGUSR2  # a rank then writes the stacks of its threads to its log, whatever it waits for
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 ECHO_SECONDS = 5.0  # SLURM signals all processes of a job, and torchrun passes on to its workers what it gets itself
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from megatron_opsd import events
 from megatron_opsd.compat.torch_internals import rendezvous_store
 from megatron_opsd.config import TimeoutsConfig
-from megatron_opsd.reliability.preemption import PreemptionHandler
+from megatron_opsd.reliability.preemption import SHOW_STACKS, PreemptionHandler
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +103,7 @@ class Watchdog:
 
     def _end(self, why: str) -> None:
         """The first rank to come here reports; all leave, whatever their main threads wait for."""
+        signal.raise_signal(SHOW_STACKS)
         if self._store.add("reports", 1) > 1:
             self._leaving.wait(3 * SILENT_SECONDS)  # for the report: torchrun ends all when one has left
         else:

@@ -1,5 +1,6 @@
 """Where a step's numbers go: JSONL, TensorBoard, the terminal, the logs."""
 
+import faulthandler
 import json
 import logging
 import math
@@ -16,7 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_opsd import events
-from megatron_opsd.config import Config, dump_toml
+from megatron_opsd.config import Config
+from megatron_opsd.config_file import dump_toml
+from megatron_opsd.reliability.preemption import SHOW_STACKS
 from megatron_opsd.reliability.run_dir import RunDir, complete_lines, write_jsonl
 from megatron_opsd.types import Evaluation, Phase, StepResult
 
@@ -154,12 +157,18 @@ def format_scores(scores: dict[str, float]) -> str:
 
 
 def start_logging(run_dir: RunDir, rank: int, command: str = "train") -> None:
-    """Send this rank's messages, Python's warnings included, to a file of its own; the terminal gets the metrics."""
+    """Send this rank's messages to a file of its own; the terminal gets the metrics.
+
+    The file also gets Python's warnings, and the stacks of all threads at a crash and at a SHOW_STACKS.
+    """
     run_dir.logs.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(run_dir.logs / f"{command}_rank_{rank:04d}.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.captureWarnings(True)
+    assert handler.stream is not None
+    faulthandler.enable(handler.stream)
+    faulthandler.register(SHOW_STACKS, handler.stream)
     if rank == 0 and command == "train":
         events.write_to(run_dir.events, complete_lines(run_dir.events))
 

@@ -22,7 +22,8 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from megatron_opsd import events
-from megatron_opsd.config import Config, load_config
+from megatron_opsd.config import Config
+from megatron_opsd.config_file import load_config
 from megatron_opsd.errors import AbandonedError, UserError
 from megatron_opsd.model import parallel
 from megatron_opsd.reliability.run_dir import read_jsonl

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import fixed_batch
 
-from megatron_opsd.config import load_config
+from megatron_opsd.config_file import load_config
 from megatron_opsd.objective import Divergence
 
 from .command_line import ARITHMETIC, write_problems

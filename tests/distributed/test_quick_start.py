@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_opsd.config import load_config
+from megatron_opsd.config_file import load_config
 from megatron_opsd.data.batch import Batch, Sample, split
 from megatron_opsd.data.datasets import read_examples
 from megatron_opsd.data.prompts import build_prompts

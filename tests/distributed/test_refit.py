@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_opsd.config import Config, load_config
+from megatron_opsd.config import Config
+from megatron_opsd.config_file import load_config
 from megatron_opsd.data.datasets import read_examples
 from megatron_opsd.data.prompts import build_prompts
 from megatron_opsd.data.sampler import Sampler

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from megatron_opsd import events
-from megatron_opsd.config import Config, load_config
+from megatron_opsd.config import Config
+from megatron_opsd.config_file import load_config
 from megatron_opsd.data.batch import Batch, split
 from megatron_opsd.data.datasets import read_examples
 from megatron_opsd.data.prompts import build_prompts

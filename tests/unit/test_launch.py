@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_opsd.config import load_config
+from megatron_opsd.config_file import load_config
 from megatron_opsd.launch import torchrun_command
 
 ROOT = Path(__file__).parents[2]

@@ -10,13 +10,13 @@ import pytest
 
 import megatron_opsd
 from megatron_opsd.cli import main
-from megatron_opsd.config import dump_toml, fields, load_config
+from megatron_opsd.config_file import dump_toml, fields, load_config
 
 PACKAGE = Path(megatron_opsd.__file__).parent
 
 # The rooms of docs/architecture.md. A module imports only from its own room and from those before it.
 ROOMS = [
-    ["errors", "types", "events", "config"],
+    ["errors", "types", "events", "config", "config_file"],
     ["data", "objective", "weights"],
     ["compat"],
     ["model"],
@@ -104,7 +104,7 @@ def test_only_parallel_touches_global_state(name: str) -> None:
 
 
 def test_configuration_needs_no_torch() -> None:
-    code = "import sys, megatron_opsd.config; assert 'torch' not in sys.modules"
+    code = "import sys, megatron_opsd.config_file; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -126,6 +126,7 @@ def test_resolved_configuration_reads_back(tmp_path: Path) -> None:
         "rollout.top_k": "-1",
         "evaluate.data.path": "test.jsonl",
         "evaluate.limit": "64",
+        "parallel.tensor_model_parallel_size": "2",
         "parallel.sequence_parallel": "true",
     }
     config = load_config(str(file), overrides)

@@ -20,7 +20,8 @@ from megatron.core.dist_checkpointing.mapping import apply_factories
 from torch import Tensor
 
 from megatron_opsd.cli import main
-from megatron_opsd.config import Config, ParallelConfig, load_config
+from megatron_opsd.config import Config, ParallelConfig
+from megatron_opsd.config_file import load_config
 from megatron_opsd.data.prompts import build_prompts, max_model_len
 from megatron_opsd.model import gpt as model_module
 from megatron_opsd.model import parallel
@@ -29,10 +30,11 @@ from megatron_opsd.model.optimizer import build_optimizer
 from megatron_opsd.model.student import Student
 from megatron_opsd.plan import Cluster, make_plan
 from megatron_opsd.plan.formulas import GIB, boundary, layer_saved, longest_sequences
-from megatron_opsd.plan.planner import PHASES, Plan
+from megatron_opsd.plan.planner import Plan
 from megatron_opsd.plan.remedies import find_remedies
 from megatron_opsd.plan.shards import rank_bytes, stage_parameters
 from megatron_opsd.reliability import checkpoint
+from megatron_opsd.types import Phase
 from megatron_opsd.weights.architecture import Architecture, published_architecture, read_architecture
 from megatron_opsd.weights.mapping import NameTable
 from megatron_opsd.weights.published import PUBLISHED
@@ -76,7 +78,7 @@ def test_recipe_fits_where_it_says(recipe: Path, capsys: pytest.CaptureFixture[s
     plan = json.loads(capsys.readouterr().out)
     assert plan["fits"]
     for number, stage in enumerate(plan["stages"]):
-        totals = [f"{stage['totals'][phase] / GIB:,.1f}" for phase in PHASES]
+        totals = [f"{stage['totals'][phase] / GIB:,.1f}" for phase in Phase]
         row = [str(number), str(stage["layers"]), f"{stage['parameters'] / 1e9:.3f}", "B", *totals]
         assert row in [line.split()[:-1] for line in tables.splitlines()]
 
@@ -203,7 +205,7 @@ def test_offloaded_teacher_leaves_the_device() -> None:
     offload = config.model_copy(update={"teacher": config.teacher.model_copy(update={"placement": "offload"})})
     resident, offloaded = (make_plan(x, Cluster(1, 8, 80)).stages[0].phases for x in (config, offload))
     head = 19072 * 5120 * 2
-    for phase in PHASES:
+    for phase in Phase:
         expected = resident[phase]["teacher weights"] if phase == "teacher" else head
         assert offloaded[phase]["teacher weights"] == expected
 

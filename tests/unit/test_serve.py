@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_opsd.cli import main
-from megatron_opsd.config import dump_toml, load_config
+from megatron_opsd.config_file import dump_toml, load_config
 from megatron_opsd.rollout.channel import TCPChannel, as_bytes, receive_into
 from megatron_opsd.rollout.serve import Gate, as_flags, is_loopback
 

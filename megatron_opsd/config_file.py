@@ -1,0 +1,115 @@
+"""A configuration from a TOML file with dotted overrides, and back. No torch here, so that mistakes show at once."""
+
+import argparse
+import difflib
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from megatron_opsd.config import Config, Section
+from megatron_opsd.errors import UserError
+
+
+def fields(schema: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> pydantic field of every setting below ``schema``."""
+    found: dict[str, Any] = {}
+    for name, field in schema.model_fields.items():
+        section = _section_of(field.annotation)
+        if section is None:
+            found[prefix + name] = field
+        else:
+            found |= fields(section, f"{prefix}{name}.")
+    return found
+
+
+def _section_of(annotation: Any) -> type[Section] | None:
+    for candidate in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(candidate, type) and issubclass(candidate, Section):
+            return candidate
+    return None
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Give ``parser`` one ``--section.key`` option for every field, with the field's docstring as its help."""
+    group = parser.add_argument_group("settings that override the file")
+    for name, field in fields().items():
+        default = "required" if field.is_required() else json.dumps(field.default)
+        text = f"{field.description} ({default if len(default) < 60 else 'default: see the docs'})"
+        group.add_argument(f"--{name}", metavar="VALUE", help=text.replace("%", "%%"), default=argparse.SUPPRESS)
+
+
+def load_config(path: str, overrides: dict[str, str]) -> Config:
+    """Read a TOML file, lay dotted ``overrides`` over it and validate the result.
+
+    Raises:
+        UserError: unreadable file, unknown key (with the nearest valid one), wrong type or range.
+    """
+    try:
+        raw = tomllib.loads(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the configuration ({error.strerror})") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from error
+    for name, text in overrides.items():
+        _set(raw, name, text, path)
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(_explain(error, path, overrides)) from error
+
+
+def _set(raw: dict[str, Any], name: str, text: str, path: str) -> None:
+    *sections, key = name.split(".")
+    for section in sections:
+        raw = raw.setdefault(section, {})
+        if not isinstance(raw, dict):
+            raise UserError(f"{path}: {section} = {raw!r}: must be a section, [{section}]")
+    try:
+        raw[key] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        field = fields().get(name)
+        is_none = text.lower() == "none" and field is not None and field.default is None
+        raw[key] = None if is_none else text  # an unquoted string
+
+
+def _explain(error: ValidationError, path: str, overrides: dict[str, str]) -> str:
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    where = f"--{name}" if name in overrides else f"{path}: {name}"
+    if first["type"] == "extra_forbidden":
+        known = [*fields(), *{key.rpartition(".")[0] for key in fields()} - {""}]
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+        return f"{where}: unknown key; the nearest valid one is {nearest}"
+    if first["type"] == "missing":
+        setting = next(field for field in fields() if f"{field}.".startswith(f"{name}."))
+        return f"{path}: {setting}: missing; set it in the file or with --{setting}"
+    if first["type"] == "value_error":  # a validator's, which names the settings itself
+        return f"{path}: {first.get('ctx', {})['error']}"
+    return f"{where} = {first['input']!r}: {first['msg']}"
+
+
+def dump_toml(config: Config) -> str:
+    """The resolved configuration as TOML that :func:`load_config` reads back to the same values.
+
+    TOML has no null: a field that is None is left out, so None may only ever be a field's default.
+    """
+    lines: list[str] = []
+
+    def write(section: dict[str, Any], prefix: str) -> None:
+        lines.append(f"[{prefix}]")
+        lines.extend(
+            f"{key} = {json.dumps(value, ensure_ascii=False)}"
+            for key, value in section.items()
+            if value is not None and not isinstance(value, dict)
+        )
+        lines.append("")
+        for key, value in section.items():
+            if isinstance(value, dict):
+                write(value, f"{prefix}.{key}")
+
+    for name, section in config.model_dump().items():
+        write(section, name)
+    return "\n".join(lines)
