@@ -44,13 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", module=r"megatron\.core|torch")  # at import: what a machine does not have
     try:
         if unknown:
-            own = {
-                "convert": CONVERT_OPTIONS,
-                "plan": [*PLAN_OPTIONS, *fields()],
-                "serve": ["host", "port", *fields()],
-            }
-            names = own.get(options["command"], fields())
-            nearest = difflib.get_close_matches(unknown[0], [f"--{name}" for name in names], n=1, cutoff=0)[0]
+            own = [name.replace("_", "-") for name in options if name not in ("command", "config", "direction")]
+            names = [f"--{name}" for name in (*own, *(() if options["command"] == "convert" else fields()))]
+            nearest = difflib.get_close_matches(unknown[0], names, n=1, cutoff=0)[0]
             raise UserError(f"{unknown[0]}: unknown option; the nearest valid one is {nearest}")
         if options["command"] == "convert":
             _convert(argparse.Namespace(**options))
@@ -102,9 +98,6 @@ def _check(config: Config, options: argparse.Namespace) -> None:
 
     check(config, options.world_size)
     print(f"{options.config}: no mistakes found")
-
-
-PLAN_OPTIONS = ("nodes", "gpus-per-node", "gpu-memory-gib", "json")
 
 
 def _add_plan_options(command: argparse.ArgumentParser) -> None:
@@ -177,7 +170,6 @@ def _convert(options: argparse.Namespace) -> None:
 
 
 CONVERT = "A Hugging Face directory to a distributed checkpoint of Megatron, or back. In one process or under torchrun."
-CONVERT_OPTIONS = ("hf", "megatron", "dtype", "verify")
 
 COMMANDS = {
     "train": ("Train a model. Run under torchrun, one process a GPU.", _train),
