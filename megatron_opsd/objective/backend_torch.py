@@ -1,4 +1,4 @@
-"""The passes over the vocabulary in plain torch, for any device: the reference, and what runs on a CPU.
+"""The passes over the vocabulary in plain torch, for any device: what runs on a CPU, and what Triton is tested by.
 
 A pass works on a tile of logits at a time, so that only a tile's temporaries exist.
 """

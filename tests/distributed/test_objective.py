@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_opsd.objective import Divergence, linear_divergence, vocab_parallel_divergence
+from megatron_opsd.objective.reference import reference, reference_logprobs
 from tests.distributed.harness import run_distributed
-from tests.unit.test_objective_reference import KINDS, SPECS, name_of, reference, reference_logprobs
+from tests.unit.test_objective_reference import KINDS, SPECS, name_of
 
 N, WIDTH, PADDED = 13, 6, 40  # a vocabulary of 37 leaves the last rank some padding, one of 19 nothing else
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from megatron_opsd.objective import Divergence, backend_torch, vocab_parallel_divergence
 from megatron_opsd.objective.entries import SERIES_BELOW, entry_forms
-from tests.unit.test_objective_reference import KINDS, SPECS, name_of, reference, reference_logprobs
+from megatron_opsd.objective.reference import reference, reference_logprobs
+from tests.unit.test_objective_reference import KINDS, SPECS, name_of
 
 N, VOCAB, PADDED = 13, 37, 40
 each_spec = pytest.mark.parametrize("spec", SPECS, ids=name_of)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from megatron_opsd.objective import Divergence, linear_divergence, vocab_parallel_divergence
-from tests.unit.test_objective_reference import SPECS, name_of, reference, reference_logprobs
+from megatron_opsd.objective.reference import reference, reference_logprobs
+from tests.unit.test_objective_reference import SPECS, name_of
 
 N, WIDTH, VOCAB, PADDED = 13, 6, 37, 40
 each_spec = pytest.mark.parametrize("spec", SPECS, ids=name_of)
