@@ -113,7 +113,8 @@ def _add_plan_options(command: argparse.ArgumentParser) -> None:
 def _plan(config: Config, options: argparse.Namespace) -> None:
     """Exit status 1 where the run does not fit."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: what is planned is not this machine
-    from megatron_opsd.plan import Cluster, run_plan
+    from megatron_opsd.plan.planner import Cluster
+    from megatron_opsd.plan.report import run_plan
 
     for name in ("nodes", "gpus_per_node", "gpu_memory_gib"):
         if not getattr(options, name) > 0:

@@ -1,16 +1,16 @@
 """What lies on a GPU in each part of a step. Rollouts and training take turns on the same device.
 
 =============  ======================================================================================
-rollout        vLLM: weights and KV cache
+rollout        vLLM: weights and KV cache; evaluations too
 teacher        the teacher (vLLM sleeps at level 2: nothing of it is left)
 student        the student's gradients
 optimizer      the student's gradients, the optimizer's states
 refit          vLLM: weights, and one bucket of the student's; the KV cache wakes when that is free again
-end            vLLM: weights and KV cache, for its memory must be awake when the process ends
+exit           nothing, so that vLLM can wake when it is closed: its memory must be awake when the process ends
 =============  ======================================================================================
 
-The student's weights and the teacher's LM head (``placement = "offload"``; otherwise all of the teacher, the gradients
-and the optimizer's states) always stay. On a CPU nothing moves.
+The student's weights and the teacher's LM head are always there. So is all of the teacher, unless ``teacher.placement``
+is "offload", and so are gradients and optimizer states, unless ``optim.placement`` is. On a CPU nothing moves.
 """
 
 import resource
@@ -28,13 +28,16 @@ from megatron_opsd.rollout.engine import Engine
 
 
 class DeviceMemory:
-    """Each method makes room for a phase and brings what it needs. Each move is an event, with its seconds."""
+    """Each method makes room for a phase and brings what it needs. Each move is an event, with its seconds.
+
+    The watchdog counts a move to the phase before it.
+    """
 
     def __init__(self, engine: Engine, teacher: Teacher, student: Student, states: OptimizerStates) -> None:
         self._engine, self._teacher, self._student, self._states = engine, teacher, student, states
         self._training = False  # something of a step that vLLM has no room for may be on the device
         self._peak = 0  # bytes
-        self._seconds = 0.0
+        self.seconds = 0.0  # of all moves
 
     def for_rollout(self) -> None:
         """Also for evaluations."""
@@ -60,6 +63,7 @@ class DeviceMemory:
     def for_refit(self) -> None:
         self._begin_phase()
         self._clear()
+        self._begin_phase()  # vLLM's weights are never there together with what went
         self._move("vLLM's weights on", self._engine.wake_up_weights)
 
     def for_exit(self) -> None:
@@ -68,11 +72,6 @@ class DeviceMemory:
         if self._training:
             self._move("teacher off", self._teacher.offload)
             self._clear()
-
-    def take_seconds(self) -> float:
-        """Seconds of the moves since the last call."""
-        seconds, self._seconds = self._seconds, 0.0
-        return seconds
 
     def peak_gib(self) -> float:
         """Peak memory since the start: what training and vLLM held on the GPU, or the process's on a CPU."""
@@ -105,7 +104,7 @@ class DeviceMemory:
         before, start = _free_gib(), time.perf_counter()
         move()
         after, seconds = _free_gib(), time.perf_counter() - start
-        self._seconds += seconds
+        self.seconds += seconds
         free_gib = [round(before, 2), round(after, 2)]
         events.record("move", what=what, seconds=round(seconds, 3), free_gib=free_gib)
 

@@ -39,7 +39,8 @@ def main(recipe: str, model: str = "", problems: str = "", settings: Mapping[str
     command_line = _settings(sys.argv[1:])
     toml = str(examples / f"{recipe}.toml")
     try:
-        check_torchrun(script, load_config(toml, command_line))
+        known = {name: value for name, value in overrides.items() if value}
+        check_torchrun(script, load_config(toml, known | command_line))
         if problems and not overrides["data.path"]:
             overrides["data.path"] = str(write_problems(examples / problems, run_dir / "data") / "train.jsonl")
         if problems:

@@ -1,4 +1,4 @@
-"""A run from its start to its outcome. It alone decides when to save, to evaluate and to stop."""
+"""A run from its start to its outcome: when to save and to evaluate, and what signals and failures lead to."""
 
 import math
 from collections.abc import Callable
@@ -47,8 +47,8 @@ def train(config: Config) -> None:
         events.record("start", step=step, world_size=layout.world_size, layers=layers_in_use())
         if step:
             writer.say(f"going on after step {step}")
-        broken_off = run.to_the_end(writer)
-    run.close(broken_off)
+        interrupted_by = run.run_steps(writer)
+    run.close(interrupted_by)
     parallel.finalize()
 
 
@@ -58,7 +58,7 @@ class Run:
     def __init__(self, config: Config, layout: parallel.Layout, run_dir: RunDir, preemption: PreemptionHandler) -> None:
         self.config, self.layout, self.run_dir, self.preemption = config, layout, run_dir, preemption
         self.watchdog = Watchdog(config.timeouts, preemption)  # it also watches over what follows
-        # What a user may have to mend comes before what takes minutes.
+        # First what may be a user's mistake, then what takes minutes.
         resume_from = checkpoint.find(run_dir, config.checkpoint.resume)
         self.checkpoints = checkpoint.Checkpoints(run_dir, config.checkpoint)
         prompts = build_prompts(config)
@@ -68,56 +68,57 @@ class Run:
         sampler = Sampler(read_examples(config.data, prompts.tokenizer), config.train.seed)
         check_same_data(sampler)
         self.trainer = Trainer(config, layout, prompts, sampler, resume_from)
-        self.checkpoints.saved = self.trainer.progress.step
+        self.checkpoints.saved_step = self.trainer.progress.step
         self.guards = Guards(config.guards, self.trainer.progress.guards)
         self.step_seconds = math.inf  # of the last one; not known yet
 
-    def to_the_end(self, writer: MetricsWriter) -> str:
-        """Steps, evaluations and checkpoints until all are done, or broken off and saved; then the trained model.
+    def run_steps(self, writer: MetricsWriter) -> str:
+        """Steps, evaluations and checkpoints, and at the end the trained model.
 
-        Returns why the run was broken off; empty where it was not.
+        Returns what interrupted the run, after a last save; empty where all steps are done.
         """
         progress, interval = self.trainer.progress, self.config.checkpoint.save_interval
-        broken_off = ""
+        interrupted_by = ""
         try:
             while True:
                 self.evaluate_if_due(writer)
                 if progress.step == self.config.train.steps:
                     break
                 if parallel.any_rank(self.preemption.received):
-                    raise AbandonedError("not begun")
-                if is_due(progress.step, interval) and self.checkpoints.saved < progress.step:
+                    interrupted_by = self.preemption.name
+                    break
+                if is_due(progress.step, interval) and self.checkpoints.saved_step < progress.step:
                     attempt(self.save, writer)
                 clock = Clock(self.watchdog.enter)
                 result = self.trainer.step(clock, partial(self.is_late, clock))
                 self.step_seconds = clock.elapsed()
-                # It was written meanwhile, and is complete before this step is recorded.
+                # The checkpoint was written during the step. Complete it before the step is recorded.
                 writer.warn(attempt(self.finish_saving, writer) or [])
                 writer.step(result)
                 writer.warn(self.guards.step(result.metrics))
-        except AbandonedError as reason:
-            broken_off = f"{self.preemption.name}, the next step {reason}"
-        except NoServerLeftError as reason:
-            broken_off = str(reason)
+        except AbandonedError as error:
+            interrupted_by = f"{self.preemption.name}, {error}"
+        except NoServerLeftError as error:
+            interrupted_by = str(error)
         except RunStoppedError:
             self.finish_saving()
             raise
-        if broken_off:
-            writer.warn([f"{broken_off}: saving after step {progress.step}, and leaving"])
-        if interval and self.checkpoints.saved < progress.step:
+        if interrupted_by:
+            writer.warn([f"{interrupted_by}: leaving after step {progress.step}"])
+        if interval and self.checkpoints.saved_step < progress.step:
             self.save()
         self.finish_saving()
-        if self.config.checkpoint.export_hf and not broken_off:
+        if self.config.checkpoint.export_hf and not interrupted_by:
             self.watchdog.enter("save")
             self.trainer.export_hf(self.run_dir.hf)
             writer.say(f"the trained model is in {self.run_dir.hf}")
-        return broken_off
+        return interrupted_by
 
     def evaluate_if_due(self, writer: MetricsWriter) -> None:
-        """Accuracy on the held-out problems before the first step, after the last, and now and then."""
+        """Accuracy on the held-out problems: before the first step, every ``interval`` steps, after the last."""
         progress, settings = self.trainer.progress, self.config.evaluate
         due = progress.step in (0, self.config.train.steps) or is_due(progress.step, settings.interval)
-        if not (self.held_out and due and progress.evaluated < progress.step):
+        if not (self.held_out and due and progress.evaluated_step < progress.step):
             return
         self.watchdog.enter("evaluate")
         trainer = self.trainer
@@ -125,7 +126,7 @@ class Run:
         evaluation = evaluate(
             trainer.engine, trainer.prompts, self.held_out, self.config, lambda: self.preemption.received
         )
-        progress.evaluated = progress.step
+        progress.evaluated_step = progress.step
         writer.evaluation(progress.step, evaluation)
         writer.warn(self.guards.evaluation(progress.step, evaluation))
 
@@ -137,7 +138,7 @@ class Run:
         self.checkpoints.save(trainer.student.model, trainer.optimizer, trainer.progress, keep=self.guards.best_step)
 
     def finish_saving(self) -> list[str]:
-        """Wait for the checkpoint under way, if any. Returns what the reader should know about it."""
+        """Wait for the checkpoint under way, if any. Returns warnings about it."""
         self.watchdog.enter("save")
         finished = self.checkpoints.finish()
         seconds, lead = self.checkpoints.seconds, self.config.checkpoint.signal_lead_seconds
@@ -150,24 +151,24 @@ class Run:
 
     def is_late(self, clock: Clock) -> bool:
         """Whether a signal has come that leaves this rank too little time to finish the step and save after it."""
-        step = max(0.0, self.step_seconds - clock.elapsed())
-        save = SAVE_MARGIN * self.checkpoints.seconds if self.config.checkpoint.save_interval else 0.0
-        return self.preemption.late(step + save)
+        step_left = max(0.0, self.step_seconds - clock.elapsed())
+        save_seconds = SAVE_MARGIN * self.checkpoints.seconds if self.config.checkpoint.save_interval else 0.0
+        return self.preemption.late(step_left + save_seconds)
 
-    def close(self, broken_off: str) -> None:
+    def close(self, interrupted_by: str) -> None:
         """Write the outcome, and leave watchdog and engine. All ranks call this."""
         if self.layout.rank == 0:
-            why = f"{broken_off or 'all steps are done'}, after step {self.trainer.progress.step}"
-            self.run_dir.write_outcome("interrupted" if broken_off else "finished", why)
+            why = f"{interrupted_by or 'all steps are done'}, after step {self.trainer.progress.step}"
+            self.run_dir.write_outcome("interrupted" if interrupted_by else "finished", why)
         dist.barrier()  # the first rank that leaves may take the others along
         self.watchdog.close()
         self.trainer.close()
 
 
-def attempt(save: Callable[[], T], writer: MetricsWriter) -> T | None:
+def attempt(action: Callable[[], T], writer: MetricsWriter) -> T | None:
     """A checkpoint that cannot be written costs a line, not the run."""
     try:
-        return save()
+        return action()
     except checkpoint.SaveError as error:
         writer.warn([f"{error}; going on without it"])
         return None

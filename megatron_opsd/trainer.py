@@ -16,7 +16,7 @@ from megatron_opsd.errors import AbandonedError
 from megatron_opsd.evaluate import grade
 from megatron_opsd.model import parallel
 from megatron_opsd.model.gpt import HiddenStateGPT, build_model
-from megatron_opsd.model.optimizer import OptimizerStates, build_optimizer, build_schedule, optimizer_step
+from megatron_opsd.model.optimizer import OptimizerStates, Update, build_optimizer, build_schedule, optimizer_step
 from megatron_opsd.model.student import LossSums, Student
 from megatron_opsd.model.teacher import Teacher
 from megatron_opsd.reliability import checkpoint
@@ -69,10 +69,12 @@ class Trainer:
         """One step of On-Policy Self-Distillation.
 
         Raises:
-            AbandonedError: ``should_abort`` was true on a rank before the student's pass; nothing has changed.
+            AbandonedError: ``should_abort`` was true on a rank before the student's pass. Student and progress are as
+                they were; the sampler is not.
         """
         config, progress = self.config, self.progress
         parallel.seed_everything(sample_seed(config.train.seed, progress.step, 0))
+        self.memory.seconds = 0.0
         self.memory.for_rollout()
         with clock.phase(Phase.ROLLOUT):
             examples = self._next_examples()
@@ -90,7 +92,7 @@ class Trainer:
         self.memory.for_student()
         with clock.phase(Phase.STUDENT):
             losses = self.student.forward_backward(microbatches, self.teacher.head_weight(), teacher_hidden)
-        check_logprob_gap(losses, progress.step, config)
+        check_logprob_gap(losses, progress.step, config)  # of the refit before: vLLM against the student
         self.memory.for_optimizer()
         with clock.phase(Phase.OPTIMIZER):
             update = optimizer_step(self.optimizer, self.schedule, losses.means()["loss"])
@@ -136,13 +138,13 @@ class Trainer:
 
     def _next_examples(self) -> list[Example]:
         """The step's problems, each as often as it is sampled."""
-        samples = self.config.rollout.samples_per_prompt
-        drawn = self.sampler.next_batch(self.config.train.global_batch_size // samples)
-        return [example for example in drawn for _ in range(samples)]
+        samples_per_prompt = self.config.rollout.samples_per_prompt
+        drawn = self.sampler.next_batch(self.config.train.global_batch_size // samples_per_prompt)
+        return [example for example in drawn for _ in range(samples_per_prompt)]
 
     def _generate(self, prompts: Sequence[list[int]], should_abort: Callable[[], bool]) -> list[Rollout]:
-        rollout, version = self.config.rollout, self.progress.step
-        sampling = Sampling(rollout.max_response_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
+        settings, version = self.config.rollout, self.progress.step
+        sampling = Sampling(settings.max_response_tokens, settings.temperature, settings.top_p, settings.top_k)
         seeds = [sample_seed(self.config.train.seed, version + 1, i) for i in range(len(prompts))]
         rollouts = self.engine.generate(prompts, sampling, seeds, should_abort)
         assert all(rollout.weight_version == version for rollout in rollouts), "stale weights"
@@ -152,12 +154,12 @@ class Trainer:
         self, examples: Sequence[Example], prompts: Sequence[list[int]], rollouts: Sequence[Rollout]
     ) -> Batch:
         rows = zip(prompts, self._teacher_prompts(examples, prompts), rollouts, strict=True)
-        layout = self.config.parallel
+        sizes = self.config.parallel
         return Batch(
             [Sample(prompt, teacher_prompt, rollout) for prompt, teacher_prompt, rollout in rows],
             skip_first_tokens=self.config.prompts.skip_first_tokens,
-            multiple=layout.tensor_model_parallel_size if layout.sequence_parallel else 1,
-            one_length=layout.pipeline_model_parallel_size > 1,
+            multiple=sizes.tensor_model_parallel_size if sizes.sequence_parallel else 1,
+            one_length=sizes.pipeline_model_parallel_size > 1,
             packing=self.config.train.packing,
         )
 
@@ -173,34 +175,33 @@ class Trainer:
 
     def _grade(self, examples: Sequence[Example], rollouts: Sequence[Rollout]) -> list[bool | None]:
         """Whether each rollout is right; None where the answer is unknown."""
-        right = grade(rollouts, examples, self.prompts.tokenizer, self.config.evaluate.answer_check)
-        return [None if x.answer is None else correct for x, correct in zip(examples, right, strict=True)]
+        correct = grade(rollouts, examples, self.prompts.tokenizer, self.config.evaluate.answer_check)
+        return [None if example.answer is None else right for example, right in zip(examples, correct, strict=True)]
 
     def _metrics(
         self,
         losses: LossSums,
-        update: tuple[float, float, bool],
+        update: Update,
         rollouts: Sequence[Rollout],
         correct: Sequence[bool | None],
         padding: float,
         clock: Clock,
     ) -> dict[str, Any]:
-        grad_norm, lr, updated = update
         known = [right for right in correct if right is not None]
         seconds = clock.seconds()
         return {
             "step": self.progress.step,
             **losses.means(),
             **({"accuracy": sum(known) / len(known)} if known else {}),
-            "grad_norm": grad_norm,
-            "lr": lr,
-            "skipped": int(not updated),
+            "grad_norm": update.grad_norm,
+            "lr": update.lr,
+            "skipped": int(not update.applied),
             "tokens": losses.tokens,
             "padding_share": padding,
             "response_length": sum(len(rollout.token_ids) for rollout in rollouts) / len(rollouts),
             "weight_version": rollouts[0].weight_version,
             **seconds,
-            "seconds_memory": self.memory.take_seconds(),
+            "seconds_memory": self.memory.seconds,
             "tokens_per_second": losses.tokens / seconds["seconds_total"],
             "memory_peak_gib": self.memory.peak_gib(),
         }
@@ -209,4 +210,4 @@ class Trainer:
 def abort_if(should_abort: Callable[[], bool]) -> None:
     """Raise AbandonedError on all ranks where one of them should abort."""
     if parallel.any_rank(should_abort()):
-        raise AbandonedError("could not end in time")
+        raise AbandonedError("the next step could not end in time")

@@ -79,13 +79,15 @@ class Evaluation:
 class Progress:
     """The state of a run besides weights and optimizer: saved and restored whole.
 
-    teacher: identity of the teacher's weights. sampler: where it was after ``step`` steps. step: how many are done,
-    which is also the version of the student's weights. evaluated: after which step, last; -1 for never. guards: their
-    state.
+    teacher: identity of the teacher's weights.
+    sampler: its state after ``step`` steps.
+    step: how many are done, which is also the version of the student's weights.
+    evaluated_step: that of the last evaluation; -1 for none.
+    guards: their state.
     """
 
     teacher: str
     sampler: dict[str, Any]
     step: int = 0
-    evaluated: int = -1
+    evaluated_step: int = -1
     guards: dict[str, Any] = field(default_factory=dict)

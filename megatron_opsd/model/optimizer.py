@@ -1,6 +1,7 @@
 """Megatron's optimizer and learning-rate schedule."""
 
 import math
+from typing import NamedTuple
 from zlib import crc32
 
 import torch
@@ -132,13 +133,16 @@ class OptimizerStates:
         return [main_param for _, main_param, _ in main_params(self._optimizer)] + moments(self._optimizer)
 
 
-def optimizer_step(
-    optimizer: MegatronOptimizer, schedule: OptimizerParamScheduler, loss: float
-) -> tuple[float, float, bool]:
-    """Clip, update, advance the schedule. Where loss or gradient is not finite the weights stay as they are.
+class Update(NamedTuple):
+    """What an optimizer step did."""
 
-    Returns the gradient norm before clipping, the learning rate, and whether the weights were updated.
-    """
+    grad_norm: float  # before clipping
+    lr: float
+    applied: bool  # whether the weights changed
+
+
+def optimizer_step(optimizer: MegatronOptimizer, schedule: OptimizerParamScheduler, loss: float) -> Update:
+    """Clip, update, advance the schedule. Where loss or gradient is not finite the weights stay as they are."""
     optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())  # of all ranks
     lr = optimizer.param_groups[0]["lr"]
@@ -147,4 +151,4 @@ def optimizer_step(
         clip_gradients(optimizer, grad_norm)
         optimizer.step_with_ready_grads()
     schedule.step(1)
-    return grad_norm, lr, finite
+    return Update(grad_norm, lr, finite)

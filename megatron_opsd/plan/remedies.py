@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from math import ceil, floor
 from typing import Any
 
+from pydantic import ValidationError
+
 from megatron_opsd.config import Config
 from megatron_opsd.errors import UserError
 from megatron_opsd.plan.planner import Cluster, Plan, make_plan
@@ -37,13 +39,21 @@ def find_remedies(config: Config, cluster: Cluster) -> list[Remedy]:
 
 
 def apply(config: Config, cluster: Cluster, changes: Changes) -> tuple[Config, Cluster]:
-    """The configuration and cluster with ``changes``."""
+    """The configuration and cluster with ``changes``.
+
+    Raises:
+        UserError: they contradict one another.
+    """
     raw = config.model_dump()
     for name, value in changes.items():
         if name != "nodes":
             section, key = name.split(".")
             raw[section][key] = value
-    return Config.model_validate(raw), replace(cluster, nodes=changes.get("nodes", cluster.nodes))
+    try:
+        changed = Config.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(str(error)) from error
+    return changed, replace(cluster, nodes=changes.get("nodes", cluster.nodes))
 
 
 def _try(config: Config, cluster: Cluster, plan: Plan, changes: Changes, least: bool = False) -> Remedy | None:

@@ -1,5 +1,6 @@
-"""A plan as a table for people and as JSON for machines."""
+"""`opsd plan`: a plan as a table for people and as JSON for machines. docs/plan.md explains it."""
 
+import json
 from dataclasses import asdict
 from typing import Any
 
@@ -8,11 +9,22 @@ from rich.table import Table
 
 from megatron_opsd.config import Config
 from megatron_opsd.plan.formulas import GIB
-from megatron_opsd.plan.planner import Plan
-from megatron_opsd.plan.remedies import Remedy
+from megatron_opsd.plan.planner import Cluster, Plan, make_plan
+from megatron_opsd.plan.remedies import Remedy, find_remedies
 from megatron_opsd.types import Phase
 
 WIDTH = 100  # columns where the output is no terminal
+
+
+def run_plan(title: str, config: Config, cluster: Cluster, as_machine: bool) -> bool:
+    """Print the plan, as tables or (``as_machine``) as JSON. Returns whether it fits."""
+    plan = make_plan(config, cluster)
+    remedies = find_remedies(config, cluster)
+    if as_machine:
+        print(json.dumps(as_json(plan, remedies), indent=2))
+    else:
+        print_plan(title, config, plan, remedies)
+    return plan.fits
 
 
 def as_json(plan: Plan, remedies: list[Remedy]) -> dict[str, Any]:

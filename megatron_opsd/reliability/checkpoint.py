@@ -1,4 +1,4 @@
-"""Save and resume: student, optimizer, schedule, sampler, step and the teacher's identity, in any layout.
+"""Save and resume: student, optimizer and `Progress` (step, sampler, guards, the teacher's identity), in any layout.
 
 Random numbers need no saving: every step draws from generators seeded by (seed, step, sample).
 
@@ -57,7 +57,7 @@ class Checkpoints:
         self._writers = AsyncCallsQueue()
         _start_results_queue()
         self._begun: int | None = None  # the step whose save is under way
-        self.saved = 0  # after which step, last; 0 for never
+        self.saved_step = 0  # of the newest complete checkpoint; 0 for none
         self.seconds = math.inf  # that the last save took, from its begin to its last byte; not known yet
         if dist.get_rank() == 0:
             for leftover in self._folder.glob(".*"):  # of a run that was killed
@@ -105,7 +105,7 @@ class Checkpoints:
             reasons = {" ".join(str(failure[0]).split()) for failure in error.failures.values()}
             raise self._failed("; ".join(sorted(reasons))) from None
         events.record("saved", step=self._begun, seconds=round(self.seconds, 3))
-        self.saved, self._begun = self._begun, None
+        self.saved_step, self._begun = self._begun, None
         return True
 
     def _complete(self, staging: Path, progress: Progress, keep: int | None) -> None:

@@ -53,7 +53,7 @@ class Watchdog:
     def enter(self, phase: str) -> None:
         """The main thread begins ``phase``, a field of ``[timeouts]``."""
         events.record("phase", phase=phase)
-        self._phase, self._since = phase, time.monotonic()
+        self._phase, self._since = str(phase), time.monotonic()
 
     def close(self) -> None:
         """This rank has nothing more to do, and the others need not miss it."""
@@ -103,6 +103,7 @@ class Watchdog:
 
     def _end(self, why: str) -> None:
         """The first rank to come here reports; all leave, whatever their main threads wait for."""
+        threading.Timer(5 * SILENT_SECONDS, os._exit, (1,)).start()  # a file system may be what hangs
         signal.raise_signal(SHOW_STACKS)
         if self._store.add("reports", 1) > 1:
             self._leaving.wait(3 * SILENT_SECONDS)  # for the report: torchrun ends all when one has left

@@ -60,7 +60,7 @@ class ColocatedVLLM:
         gathered: list[list[Rollout] | None] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, rollouts if self._rank_in_engine == 0 or rollouts is None else [])
         if any(part is None for part in gathered):
-            raise AbandonedError("was given up while its rollouts were written")
+            raise AbandonedError("given up while responses were written")
         by_engine = [part or [] for part in gathered][:: dist.get_world_size() // self._engines]
         return [by_engine[i % self._engines][i // self._engines] for i in range(len(prompts))]
 

@@ -170,7 +170,7 @@ class ServedVLLM(AlwaysAwake):
             if leave and not done:
                 work.cancel()
                 await asyncio.wait((work,))
-                raise AbandonedError("was given up while its rollouts were written")
+                raise AbandonedError("given up while responses were written")
         return work.result()
 
     async def _write_all(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Rollout]:

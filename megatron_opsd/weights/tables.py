@@ -87,7 +87,7 @@ _MLP = (
 )
 
 # Experts are split over the expert-parallel ranks, never by tensor parallelism. The files hold each by itself, and so
-# do both of Megatron's modules that are named here (model.py says when which): an expert's row is a small MLP's.
+# do both of Megatron's modules that are named here (gpt.py says when which): an expert's row is a small MLP's.
 _EXPERTS = (
     Row(_M + "pre_mlp_layernorm.weight", {_HF + "post_attention_layernorm.weight": "h"}),
     Row(_M + "mlp.router.weight", {_HF + "mlp.gate.weight": "eh"}),

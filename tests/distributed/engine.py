@@ -41,7 +41,7 @@ class TransformersEngine(AlwaysAwake):
         parts: list[list[Rollout] | None] = [None] * world_size
         dist.all_gather_object(parts, own)
         if any(part is None for part in parts):
-            raise AbandonedError("was given up while its rollouts were written")
+            raise AbandonedError("given up while responses were written")
         return [(parts[i % world_size] or [])[i // world_size] for i in range(len(prompts))]
 
     @torch.no_grad()

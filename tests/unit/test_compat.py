@@ -22,6 +22,7 @@ UPSTREAM = {
         MEGATRON,
         "0923c3c4",
     ),
+    "megatron.core.optimizer.optimizer:ChainedOptimizer.step": (MEGATRON, "906cd2ea"),
     "megatron.core.dist_checkpointing.strategies.filesystem_async:_get_write_results_queue": (MEGATRON, "539d480f"),
     "megatron.core.tensor_parallel.random:_get_cuda_rng_state": ("cpu", "27442fd5"),
     "megatron.core.tensor_parallel.random:_set_cuda_rng_state": ("cpu", "7770bad7"),

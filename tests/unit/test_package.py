@@ -103,8 +103,17 @@ def test_only_parallel_touches_global_state(name: str) -> None:
     assert users == {"model/parallel.py"}
 
 
-def test_configuration_needs_no_torch() -> None:
-    code = "import sys, megatron_opsd.config_file; assert 'torch' not in sys.modules"
+@pytest.mark.parametrize(
+    ("module", "late"),
+    [
+        ("config_file", "torch"),
+        ("plan.preflight", "megatron"),  # it refuses a Transformer Engine that breaks Megatron's import
+        ("convert.convert", "megatron"),
+        ("cli", "torch"),
+    ],
+)
+def test_what_comes_first_imports_little(module: str, late: str) -> None:
+    code = f"import sys, megatron_opsd.{module}; assert '{late}' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

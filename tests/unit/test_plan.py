@@ -20,7 +20,7 @@ from megatron.core.dist_checkpointing.mapping import apply_factories
 from torch import Tensor
 
 from megatron_opsd.cli import main
-from megatron_opsd.config import Config, ParallelConfig
+from megatron_opsd.config import Config, OptimConfig, ParallelConfig
 from megatron_opsd.config_file import load_config
 from megatron_opsd.data.prompts import build_prompts, max_model_len
 from megatron_opsd.model import gpt as model_module
@@ -28,9 +28,8 @@ from megatron_opsd.model import parallel
 from megatron_opsd.model.gpt import HiddenStateGPT, build_model
 from megatron_opsd.model.optimizer import build_optimizer
 from megatron_opsd.model.student import Student
-from megatron_opsd.plan import Cluster, make_plan
 from megatron_opsd.plan.formulas import GIB, boundary, layer_saved, longest_sequences
-from megatron_opsd.plan.planner import Plan
+from megatron_opsd.plan.planner import Cluster, Plan, make_plan
 from megatron_opsd.plan.remedies import find_remedies
 from megatron_opsd.plan.shards import rank_bytes, stage_parameters
 from megatron_opsd.reliability import checkpoint
@@ -189,6 +188,12 @@ def test_first_remedy_fits(
 def _remain(capsys: pytest.CaptureFixture[str], plan: list[str]) -> float:
     main([*plan, "--json"])
     return -json.loads(capsys.readouterr().out)["shortfall"] / GIB
+
+
+@pytest.mark.parametrize("optim", [OptimConfig(), OptimConfig(use_distributed_optimizer=False)])
+def test_no_remedy_contradicts_itself(optim: OptimConfig) -> None:
+    """Parts of a combination may be refused (sequence without tensor parallelism): they are no remedies, nor errors."""
+    assert find_remedies(config_of("Qwen3-32B", optim=optim), Cluster(1, 8, 80))
 
 
 def test_remedies_are_plans() -> None:
