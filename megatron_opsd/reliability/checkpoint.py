@@ -123,7 +123,7 @@ class Checkpoints:
         for file in staging.iterdir():
             if file.suffix == ".distcp" and file.name not in checksums:
                 raise OSError(f"the writer of {file.name} did not get to its end")
-            checksums.setdefault(file.name, checksum(file))
+            checksums.setdefault(file.name, file_checksum(file))
         (staging / _CHECKSUMS).write_text(json.dumps(checksums))
         (staging / _PROGRESS).write_text(json.dumps(asdict(progress)))
         target = self._folder / f"step_{progress.step:06d}"
@@ -173,7 +173,7 @@ class _Writer:
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         self.write(*args, **kwargs)
-        checksums = {file.name: checksum(file) for file in self.staging.glob(f"__{self.rank}_*.distcp")}
+        checksums = {file.name: file_checksum(file) for file in self.staging.glob(f"__{self.rank}_*.distcp")}
         with contextlib.suppress(OSError):  # a full disk; Megatron reports its own failure, and the file will be missed
             part = {"seconds": time.monotonic() - self.start, "checksums": checksums}
             (self.staging / f"{self.rank}.part").write_text(json.dumps(part))
@@ -212,7 +212,7 @@ def _make_room(staging: Path) -> None:
     probe.unlink()
 
 
-def checksum(file: Path) -> int:
+def file_checksum(file: Path) -> int:
     """CRC-32 of a file's bytes."""
     value = 0
     with file.open("rb") as data:
@@ -229,7 +229,7 @@ def damage(path: Path) -> list[str]:
     for name in sorted(expected)[rank::world_size]:
         if not (path / name).is_file():
             found.append(f"{path / name} is missing")
-        elif (now := checksum(path / name)) != expected[name]:
+        elif (now := file_checksum(path / name)) != expected[name]:
             found.append(f"{path / name} is damaged (checksum {now:08x} instead of {expected[name]:08x})")
     gathered: list[list[str]] = [[] for _ in range(world_size)]
     dist.all_gather_object(gathered, found)
@@ -279,7 +279,7 @@ def find(run_dir: RunDir, resume: str) -> Path | None:
         if path is None:
             return None
         if not (damages := damage(path)):
-            _on_rank_0(partial(pickles.check, path))
+            _on_rank_0(partial(pickles.refuse_foreign, path))
             return path
         if resume != "auto" or _on_rank_0(lambda: len(_complete_ones(folder))) == 1:
             raise UserError(

@@ -57,7 +57,7 @@ def read_metadata(path: Path) -> Metadata:
     return metadata
 
 
-def check(path: Path) -> None:
+def refuse_foreign(path: Path) -> None:
     """Everything in a checkpoint that Megatron would unpickle.
 
     Raises:

@@ -36,7 +36,7 @@ def write_checkpoint(path: Path, common: object, extra_state: object) -> Metadat
 
 def test_a_harmless_checkpoint_passes(tmp_path: Path) -> None:
     metadata = write_checkpoint(tmp_path, {"step": 3, "state": torch.ones(2)}, [None])
-    pickles.check(tmp_path)
+    pickles.refuse_foreign(tmp_path)
     assert pickles.read_metadata(tmp_path) == metadata
 
 
@@ -50,7 +50,7 @@ def test_harm_is_refused_and_named(part: str, tmp_path: Path) -> None:
         metadata.planner_data = harm
         (tmp_path / part).write_bytes(pickle.dumps(metadata))
     with pytest.raises(UserError, match=f"{tmp_path}.*{part}|{part}.*mkdir"):
-        pickles.check(tmp_path)
+        pickles.refuse_foreign(tmp_path)
     assert not (tmp_path / "harm").exists()
     pickle.loads(pickle.dumps(harm))  # it would have
     assert (tmp_path / "harm").exists()
@@ -59,7 +59,7 @@ def test_harm_is_refused_and_named(part: str, tmp_path: Path) -> None:
 def test_something_else_is_no_metadata(tmp_path: Path) -> None:
     (tmp_path / ".metadata").write_bytes(pickle.dumps([1, 2]))
     with pytest.raises(UserError, match="holds list, not what describes a checkpoint"):
-        pickles.check(tmp_path)
+        pickles.refuse_foreign(tmp_path)
     (tmp_path / ".metadata").write_bytes(b"\x80")
     with pytest.raises(UserError, match="not a complete distributed checkpoint"):
-        pickles.check(tmp_path)
+        pickles.refuse_foreign(tmp_path)
