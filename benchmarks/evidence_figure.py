@@ -18,6 +18,7 @@ FRESH = {
     "bf16-3e-6": "3e-6, bfloat16",
     "dither-3e-6": "3e-6, dithered",
     "dither-1e-6": "1e-6, dithered",
+    "warmup-1e-6": "1e-6, dithered, with warm-up",
 }
 WINDOW = 3  # steps of a moving mean, for fresh rollouts
 
