@@ -17,9 +17,10 @@ from megatron_opsd.objective import (
     reduction,
     vocab_parallel_divergence,
 )
+from megatron_opsd.objective.reference import reference, reference_logprobs
 from megatron_opsd.objective.types import LocalSums, Logits, Normalizers, SavedForBackward
 from tests.unit.test_objective_linear import VOCAB, inputs
-from tests.unit.test_objective_reference import KINDS, SPECS, name_of, reference, reference_logprobs
+from tests.unit.test_objective_reference import KINDS, SPECS, name_of
 
 TILE = 64
 N, WIDTH = 3, TILE + 35
