@@ -1,0 +1,1 @@
+"""Megatron's distributed checkpoints to Hugging Face directories and back, without a model."""

@@ -1,0 +1,1 @@
+"""Problems, prompts and responses, and the batches made of them."""
