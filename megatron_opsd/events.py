@@ -6,6 +6,7 @@ Every line has ``time`` (seconds since 1970) and ``event``. Rank 0 writes the fi
 start     the first step is about to begin: ``step`` (done so far), ``world_size``, ``layers``
 phase     rank 0 has entered ``phase``, a field of ``[timeouts]``
 move      something moved on or off rank 0's device: ``what``, ``seconds``, ``free_gib`` [before, after]
+          (before the phase for which it makes room)
 saved     a checkpoint is complete: ``step``, ``seconds``
 warning   something a person should know: ``text``
 end       the run has ended: ``outcome``, ``why``. A crash, or a mistake found before the start, leaves none

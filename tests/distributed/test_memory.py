@@ -90,6 +90,34 @@ def test_the_peak_leaves_out_what_sleeps(monkeypatch: pytest.MonkeyPatch) -> Non
     assert memory.peak_gib() == 70
 
 
+def test_the_peak_of_a_refit_leaves_out_what_went_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training's 60 leave before vLLM's 30 wake: they are never there together."""
+    now, highest, asleep = 60 + 30, 60 + 30, 30
+
+    def reset() -> None:
+        nonlocal highest
+        highest = now
+
+    def states_off() -> None:
+        nonlocal now
+        now -= 50
+
+    def wake_up() -> None:
+        nonlocal asleep
+        asleep = 0
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: highest * 2**30)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+    monkeypatch.setattr(parallel, "device", lambda: None)
+    monkeypatch.setattr(DeviceMemory, "_move", lambda _, what, move: move())
+    engine = SimpleNamespace(sleeping_bytes=lambda: asleep * 2**30, wake_up_weights=wake_up)
+    states = SimpleNamespace(offloads=False, offload=states_off)
+    memory: Any = DeviceMemory(engine, None, None, states)  # type: ignore[arg-type]
+    memory.for_refit()
+    assert memory.peak_gib() == 60
+
+
 def on_all_ranks(tensors: list[torch.Tensor]) -> int:
     """Their elements together: the distributed optimizer has a part of them on each rank."""
     count = torch.tensor(sum(tensor.numel() for tensor in tensors))
