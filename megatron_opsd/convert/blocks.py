@@ -12,22 +12,18 @@ from dataclasses import dataclass, replace
 from megatron_opsd.weights.mapping import NameTable, Rule, Shape
 from megatron_opsd.weights.tables import FAMILIES, Row
 
-BLOCK_ELEMENTS = 2**25  # 64 MiB in bfloat16; QKV of a layer is one block, whatever its size
-
 
 @dataclass(frozen=True)
 class Block:
     """Rows of one layer's (and expert's) part of a tensor.
 
-    key, other_key: the tensor in the checkpoint; ``other_key`` holds the same values, for models whose layers ask for
-        another name.
+    keys: the tensor in the checkpoint; where there are two names, layers ask for one or the other.
     shape: of the whole tensor, layers and experts first.
     offset, size: where the block lies in it. ``lead`` of the axes count layers and experts.
     rule: how the block is made of the rows ``start:stop`` of each of the rule's Hugging Face tensors.
     """
 
-    key: str
-    other_key: str | None
+    keys: tuple[str, ...]
     shape: Shape
     offset: Shape
     size: Shape
@@ -42,48 +38,54 @@ class Block:
 
     @property
     def extra_state(self) -> str | None:
-        """The object that Megatron's linear layers keep beside their weight: empty, but missed when it is not there."""
-        module, _, parameter = self.key.rpartition(".")
-        if parameter != "weight" or ".linear_" not in module:
+        """The object that Megatron's linear layers keep beside their weight: empty, but missed when it is not there.
+
+        The first block of a weight brings it.
+        """
+        module, _, parameter = self.keys[0].rpartition(".")
+        if parameter != "weight" or ".linear_" not in module or any(self.offset[self.lead :]):
             return None
         index, of = (".".join(map(str, axes[: self.lead])) for axes in (self.offset, self.shape))
         return f"{module}._extra_state/shard_{index}_{of}"
 
 
-def whole_model(table: NameTable) -> Iterator[Block]:
-    """All blocks, layer by layer; the blocks of one Hugging Face tensor follow one another."""
+def whole_model(table: NameTable, max_elements: float = math.inf) -> Iterator[Block]:
+    """All blocks, layer by layer; the blocks of one Hugging Face tensor follow one another.
+
+    max_elements: of a block. What is fused by query groups is one block, whatever its size.
+    """
     arch = table.arch
     rows = FAMILIES[arch.family]
     for row in rows:
         tied_head = row.megatron == "output_layer.weight" and arch.share_embeddings_and_output_weights
         if "{layer}" not in row.megatron and not tied_head:
-            yield from _blocks(table, row, {})
+            yield from _blocks(table, row, max_elements, {})
     for layer in range(arch.num_layers):
         for row in rows:
             if "{expert}" in row.megatron:
                 for expert in range(arch.moe.num_moe_experts if arch.moe else 0):
-                    yield from _blocks(table, row, {"layer": layer, "expert": expert})
+                    yield from _blocks(table, row, max_elements, {"layer": layer, "expert": expert})
             elif "{layer}" in row.megatron:
-                yield from _blocks(table, row, {"layer": layer})
+                yield from _blocks(table, row, max_elements, {"layer": layer})
 
 
-def _blocks(table: NameTable, row: Row, numbers: dict[str, int]) -> Iterator[Block]:
+def _blocks(table: NameTable, row: Row, max_elements: float, numbers: dict[str, int]) -> Iterator[Block]:
     rule = table.rule(row.megatron.format(**numbers))
     counts = {"layer": table.arch.num_layers, "expert": table.experts_per_rank(1)}
     shapes = list(rule.hf.values())
     rows, columns = sum(shape[0] for shape in shapes), shapes[0][1:]
-    key, other_key = _keys(row)
+    keys = _keys(row)
     shape = (*(counts[axis] for axis in numbers), rows, *columns)
 
     def block(part: Rule, first: int, size: int, start: int, stop: int | None) -> Block:
         offset = (*numbers.values(), first, *(0 for _ in columns))
         lengths = (*(1 for _ in numbers), size, *columns)
-        return Block(key, other_key, shape, offset, lengths, len(numbers), part, start, stop)
+        return Block(keys, shape, offset, lengths, len(numbers), part, start, stop)
 
     if rule.group_rows is not None:
         yield block(rule, 0, rows, 0, None)
         return
-    step = max(1, BLOCK_ELEMENTS // math.prod(columns))
+    step = max(1, int(min(max_elements, rows * math.prod(columns)) // math.prod(columns)))
     first = 0
     for name, hf_shape in rule.hf.items():  # one after the other: each is blocks of its own
         for start in range(0, hf_shape[0], step):
@@ -92,10 +94,10 @@ def _blocks(table: NameTable, row: Row, numbers: dict[str, int]) -> Iterator[Blo
         first += hf_shape[0]
 
 
-def _keys(row: Row) -> tuple[str, str | None]:
+def _keys(row: Row) -> tuple[str, ...]:
     if "{expert}" in row.megatron:
-        return row.megatron.replace("{layer}.", "").replace("local_experts.{expert}", "experts"), None
+        return (row.megatron.replace("{layer}.", "").replace("local_experts.{expert}", "experts"),)
     key = (row.transformer_engine or row.megatron).replace("{layer}.", "")
     # The norm before experts: Megatron's local layers write the name that Transformer Engine's have only where there
     # are no experts.
-    return key, key.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_") if "pre_mlp" in key else None
+    return (key, key.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")) if "pre_mlp" in key else (key,)

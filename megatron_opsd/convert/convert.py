@@ -1,4 +1,4 @@
-"""Hugging Face directories into Megatron's distributed checkpoints and back, one block in memory at a time.
+"""Hugging Face directories into Megatron's distributed checkpoints and back, one tensor in memory at a time.
 
 In one process, or in several under torchrun that share the work and the disk.
 """
@@ -6,7 +6,9 @@ In one process, or in several under torchrun that share the work and the disk.
 import os
 import shutil
 import tomllib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -17,7 +19,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from torch import Tensor
 
 from megatron_opsd.convert.blocks import Block, whole_model
-from megatron_opsd.convert.dist_files import DistReader, DistWriter, Places, write_metadata
+from megatron_opsd.convert.dist_files import DistReader, write_checkpoint
 from megatron_opsd.errors import UserError
 from megatron_opsd.weights.architecture import read_architecture
 from megatron_opsd.weights.export import checksum
@@ -31,7 +33,7 @@ from megatron_opsd.weights.hf_files import (
 )
 from megatron_opsd.weights.mapping import NameTable, Shape
 
-_AHEAD = 128 * 2**20
+BLOCK_ELEMENTS = 2**23  # 16 MiB in bfloat16: what is written at a time, and what a rank must read to load a part of it
 MODEL_FILES = "hf"  # where a converted checkpoint keeps the configuration and the tokenizer
 
 
@@ -49,22 +51,21 @@ def hf_to_megatron(hf: Path, megatron: Path, dtype: torch.dtype | None, verify: 
     source = HFReader(hf)
     source.check(table.hf_tensors())
     dtype = dtype or source.dtype()
-    blocks = list(whole_model(table))
+    blocks = list(whole_model(table, BLOCK_ELEMENTS))
     share = blocks[rank::world_size]
     with _new_directory(megatron, _bytes(blocks, dtype)) as staging:
-        writer = DistWriter(staging, rank)
         with _progress("converting", _bytes(share, dtype)) as advance:
-            for block in _ahead(share, dtype, lambda block: _prefetch_hf(source, block)):
-                writer.write(block, block.rule.fuse(_read_hf(source, block, dtype)))
+
+            def read(block: Block) -> Tensor:
                 advance(_bytes([block], dtype))
-        writer.close()
-        places = _gather(writer.places)
+                return block.rule.fuse(_read_hf(source, block, dtype)).clone()  # in memory, not mapped any more
+
+            write_checkpoint(staging, share, dtype, _ahead(read, share))
         if rank == 0:
-            write_metadata(staging, blocks, dtype, places)
             copy_model_files(hf, staging / MODEL_FILES, dtype)
         if verify:
             _settle(staging)
-            _verify(source, DistReader(staging), share, dtype)
+            _verify(source, DistReader(staging), list(whole_model(table))[rank::world_size], dtype)
 
 
 def megatron_to_hf(megatron: Path, hf: Path, verify: bool) -> None:
@@ -89,8 +90,8 @@ def megatron_to_hf(megatron: Path, hf: Path, verify: bool) -> None:
         with _progress("converting", sum(_bytes(shard, dtype) for shard in share)) as advance:
             for i, shard in zip(range(rank, len(shards), world_size), share, strict=True):
                 writer = ShardWriter(staging / shard_name(i, len(shards)), _tensors(shard), dtype)
-                for block in _ahead(shard, dtype, source.prefetch):
-                    for part in block.rule.split(source.read(block)):
+                for block, tensor in zip(shard, _ahead(source.read, shard), strict=True):
+                    for part in block.rule.split(tensor):
                         writer.write(part)
                     advance(_bytes([block], dtype))
                 writer.close()
@@ -106,21 +107,15 @@ def _read_hf(source: HFReader, block: Block, dtype: torch.dtype) -> list[Tensor]
     return [source.read(name, 0, block.start, block.stop).to(dtype) for name in block.rule.hf]
 
 
-def _prefetch_hf(source: HFReader, block: Block) -> None:
-    for name in block.rule.hf:
-        source.prefetch(name, block.start, block.stop)
-
-
-def _ahead(blocks: Sequence[Block], dtype: torch.dtype, prefetch: Callable[[Block], None]) -> Iterator[Block]:
-    """The blocks, those that follow asked of the disk by the time the one before is worked on."""
-    coming = iter(blocks)
-    left = 0  # bytes asked for and not yet handed out
-    for block in blocks:
-        while left < _AHEAD and (following := next(coming, None)):
-            prefetch(following)
-            left += _bytes([following], dtype)
-        left -= _bytes([block], dtype)
-        yield block
+def _ahead(read: Callable[[Block], Tensor], blocks: Iterable[Block]) -> Iterator[Tensor]:
+    """What ``read`` returns for each block; it reads the next one while the caller works on this one."""
+    with ThreadPoolExecutor(1) as thread:
+        coming: deque[Future[Tensor]] = deque()
+        for block in blocks:
+            coming.append(thread.submit(read, block))
+            if len(coming) > 1:
+                yield coming.popleft().result()
+        yield coming.popleft().result()
 
 
 def _verify(hf: HFReader, megatron: DistReader, blocks: Sequence[Block], dtype: torch.dtype) -> None:
@@ -244,13 +239,3 @@ def _rank_and_world_size() -> tuple[int, int]:
 def _barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
-
-
-def _gather(places: Places) -> Places:
-    """All ranks' places, on every rank."""
-    _, world_size = _rank_and_world_size()
-    if world_size == 1:
-        return places
-    gathered: list[Places] = [{} for _ in range(world_size)]
-    dist.all_gather_object(gathered, places)
-    return {index: place for part in gathered for index, place in part.items()}

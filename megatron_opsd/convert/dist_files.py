@@ -1,40 +1,47 @@
 """Megatron's distributed checkpoints (torch_dist): blocks of tensors written and read one at a time.
 
-The format is torch.distributed.checkpoint's: ``.distcp`` files hold one ``torch.save`` archive after the other, and
-``.metadata`` says which block of which tensor lies where. Megatron adds ``common.pt`` and ``metadata.json``. Torch's
-own writer keeps every tensor until it has written all, its reader takes whole archives into memory; hence these two.
+torch.distributed.checkpoint writes and reads the files. It asks a planner for each tensor when it writes it, so no
+more than a block need be in memory. Megatron adds ``common.pt`` and ``metadata.json``.
 """
 
 import io
 import json
-import os
 import pickle
+import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, create_default_global_save_plan
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
-    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.storage import UntypedStorage
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.utils.serialization import config
 
-from megatron_opsd.compat.torch_internals import StorageInfo, load_archive
 from megatron_opsd.convert.blocks import Block
 from megatron_opsd.errors import UserError
 from megatron_opsd.reliability.pickles import read_metadata
 from megatron_opsd.weights.mapping import Shape
-from megatron_opsd.weights.output import Output
 
 _config: Any = config
 _CONFIG = {
@@ -43,77 +50,75 @@ _CONFIG = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-Places = dict[MetadataIndex, StorageInfo]
 
 
-class DistWriter:
-    """Writes one rank's blocks into a ``.distcp`` file, one after the other."""
+def write_checkpoint(path: Path, blocks: Sequence[Block], dtype: torch.dtype, tensors: Iterator[Tensor]) -> None:
+    """Write a checkpoint of which this rank has ``blocks``, all ranks together.
 
-    def __init__(self, path: Path, rank: int) -> None:
-        self.name = f"__{rank}_0.distcp"
-        self._file = Output(path / self.name)
-        self.places: Places = {}
-        empty = io.BytesIO()
-        torch.save([None], empty)
-        self._empty = self._append(lambda: self._file.write(empty.getbuffer()))
+    tensors: the values of each block in ``dtype``, layers and experts aside; the next is asked for when it is written.
 
-    def _append(self, write: Any) -> StorageInfo:
-        start = self._file.tell()
-        write()
-        return StorageInfo(self.name, start, self._file.tell() - start)
-
-    def write(self, block: Block, tensor: Tensor) -> None:
-        """Write a block; ``tensor`` has its size, layers and experts aside."""
-        tensor = _own_storage(tensor).view(block.size)
-
-        def save() -> None:
-            try:
-                # Without the archive's own checksum, which torch.load does not look at and which takes half the time.
-                with _config.patch("save.compute_crc32", False):
-                    torch.save(tensor, self._file)  # pyright: ignore[reportArgumentType]
-            except RuntimeError as error:  # torch's words for what the file answered
-                if isinstance(error.__context__, OSError):
-                    raise error.__context__ from None
-                raise
-
-        place = self._append(save)
-        for key in filter(None, (block.key, block.other_key)):
-            self.places[MetadataIndex(key, block.offset)] = place
-        if block.extra_state:
-            self.places[MetadataIndex(block.extra_state)] = self._empty
-
-    def close(self) -> None:
-        """Returns when the file is on the disk."""
-        self._file.close()
+    Raises:
+        OSError: a file cannot be written.
+        UserError: what ``tensors`` has raised on any rank.
+    """
+    try:
+        # Without the archives' own checksums, which torch.load does not look at and which take half the time.
+        with _config.patch("save.compute_crc32", False), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            planner = _BlockPlanner(blocks, dtype, tensors)
+            save({}, storage_writer=FileSystemWriter(path), planner=planner, no_dist=not dist.is_initialized())
+    except CheckpointException as error:
+        cause, _ = next(iter(error.failures.values()))
+        if isinstance(cause.__context__, OSError):  # of which torch.save has made an error of its own
+            cause = cause.__context__
+        raise cause from None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        torch.save({}, path / "common.pt")
+        (path / "metadata.json").write_text(json.dumps(_CONFIG))
 
 
-def write_metadata(path: Path, blocks: Iterable[Block], dtype: torch.dtype, places: Places) -> None:
-    """Write what makes ``path`` a checkpoint once all ranks' files are there."""
-    entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
-    for block in blocks:
-        for key in filter(None, (block.key, block.other_key)):
-            entry = entries.setdefault(key, TensorStorageMetadata(TensorProperties(dtype), torch.Size(block.shape), []))
-            assert isinstance(entry, TensorStorageMetadata)
-            entry.chunks.append(ChunkStorageMetadata(torch.Size(block.offset), torch.Size(block.size)))
-        if block.extra_state:
-            entries[block.extra_state] = BytesStorageMetadata()
-    metadata = Metadata(entries, storage_data=places, storage_meta=StorageMeta(), version=CURRENT_DCP_VERSION)
-    (path / ".metadata").write_bytes(pickle.dumps(metadata))
-    torch.save({}, path / "common.pt")
-    (path / "metadata.json").write_text(json.dumps(_CONFIG))
+class _BlockPlanner(SavePlanner):
+    """Has blocks written in their order, each read when its turn comes."""
 
+    def __init__(self, blocks: Sequence[Block], dtype: torch.dtype, tensors: Iterator[Tensor]) -> None:
+        self._blocks, self._dtype, self._tensors = blocks, dtype, enumerate(tensors)
+        self._current = -1, torch.empty(0)
+        self._place = {MetadataIndex(key, block.offset): i for i, block in enumerate(blocks) for key in block.keys}
 
-def _own_storage(tensor: Tensor) -> Tensor:
-    """The tensor on a storage of its own size: ``torch.save`` writes the storage, and a view's would be all of it."""
-    if not tensor.is_contiguous():
-        return tensor.contiguous()
-    start = tensor.storage_offset() * tensor.itemsize
-    storage = tensor.untyped_storage()[start : start + tensor.nbytes]
-    return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape)  # pyright: ignore
+    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
+        pass
+
+    def create_local_plan(self) -> SavePlan:
+        items: list[WriteItem] = []
+        for index, i in self._place.items():
+            block = self._blocks[i]
+            chunk = ChunkStorageMetadata(torch.Size(block.offset), torch.Size(block.size))
+            data = TensorWriteData(chunk, TensorProperties(self._dtype), torch.Size(block.shape))
+            items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
+            if block.extra_state:
+                items.append(WriteItem(MetadataIndex(block.extra_state), WriteItemType.BYTE_IO))
+        return SavePlan(items)
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        return create_default_global_save_plan(all_plans)
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        return new_plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        if write_item.type == WriteItemType.BYTE_IO:
+            empty = io.BytesIO()
+            torch.save([None], empty)
+            return empty
+        wanted = self._place[write_item.index]
+        if self._current[0] < wanted:  # the same again where a block has two keys
+            self._current = next(self._tensors)
+        assert self._current[0] == wanted
+        return self._current[1].reshape(self._blocks[wanted].size)
 
 
 class DistReader:
-    """Reads blocks of a checkpoint that any layout has written, through mapped files.
+    """Reads blocks of a checkpoint that any layout has written.
 
     The model may lie under ``model.`` among other things, as in the checkpoints of a run.
     """
@@ -130,13 +135,14 @@ class DistReader:
         if config.get("sharded_backend") != "torch_dist":
             raise UserError(f"{path}: its format is {config.get('sharded_backend')!r}; only 'torch_dist' can be read")
         self._tensors = {k: v for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
-        self._places: Places = metadata.storage_data
+        self._places = metadata.storage_data
         self._prefix = "model." if "model.embedding.word_embeddings.weight" in self._tensors else ""
         self._chunks: dict[tuple[str, int], dict[Shape, list[ChunkStorageMetadata]]] = {}
-        self._files: dict[str, tuple[io.FileIO, UntypedStorage]] = {}
+        self._files = FileSystemReader(path)
+        self._files.set_up_storage_reader(metadata, is_coordinator=True)
 
     def _key(self, block: Block) -> str:
-        keys = [self._prefix + key for key in (block.key, block.other_key) if key]
+        keys = [self._prefix + key for key in block.keys]
         for key in keys:
             if key in self._tensors:
                 return key
@@ -161,7 +167,7 @@ class DistReader:
             is_vocab = block.rule.is_vocab  # padded at its end, more or less
             if (found[1:] if is_vocab else found) != list(block.shape[is_vocab:]) or found[0] < block.shape[0]:
                 raise UserError(f"{self.path}: {key} has the shape {found}; config.json calls for {list(block.shape)}")
-        known = expected.keys() | {f"{self._prefix}{block.other_key}" for block in blocks if block.other_key}
+        known = {f"{self._prefix}{key}" for block in blocks for key in block.keys}
         ours = {key for key in self._tensors if key.startswith(self._prefix) and not key.startswith("optimizer.")}
         extra = sorted(ours - known - {f"{self._prefix}output_layer.weight"})
         if extra:
@@ -178,70 +184,43 @@ class DistReader:
                 raise UserError(f"{file}: truncated; it has {file.stat().st_size} bytes and should have {end}")
 
     def read(self, block: Block) -> Tensor:
-        """The block, without axes for layers and experts. Where it was written as one, its memory is the file's.
+        """The block, without axes for layers and experts.
 
         Raises:
             UserError: the file does not hold all of it, or is damaged.
         """
         key = self._key(block)
-        whole: Tensor | None = None
-        filled = 0
-        for chunk, start, lengths in self._overlaps(key, block):
-            part = self._read_chunk(key, chunk)
-            for axis, (at, offset, length) in enumerate(zip(start, chunk.offsets, lengths, strict=True)):
-                part = part.narrow(axis, at - offset, length)
-            filled += part.numel()
-            if part.numel() == block.numel:
-                whole = part
-                break
-            whole = torch.empty(block.size, dtype=part.dtype) if whole is None else whole
-            target = tuple(slice(s - o, s - o + n) for s, o, n in zip(start, block.offset, lengths, strict=True))
-            whole[target] = part
-        if whole is None or filled != block.numel:
+        saved = self._tensors[key]
+        tensor = torch.empty(block.size, dtype=saved.properties.dtype)
+        near = TensorStorageMetadata(saved.properties, saved.size, self._chunks_near(key, block))
+        wanted = ChunkStorageMetadata(torch.Size(block.offset), torch.Size(block.size))
+        items = create_read_items_for_chunk_list(key, near, [wanted])
+        if sum(item.lengths.numel() for item in items) != block.numel:
             raise UserError(f"{self.path}: {key} is not all there at {list(block.offset)}")
-        return whole.reshape(block.size[block.lead :])
-
-    def prefetch(self, block: Block) -> None:
-        """Have the disk read what :meth:`read` will want."""
-        key = self._key(block)
-        for chunk, _, _ in self._overlaps(key, block):
-            place = self._places[MetadataIndex(key, chunk.offsets)]
-            file, _ = self._open(place.relative_path)
-            os.posix_fadvise(file.fileno(), place.offset, place.length, os.POSIX_FADV_WILLNEED)
-
-    def _overlaps(self, key: str, block: Block) -> Iterator[tuple[ChunkStorageMetadata, list[int], list[int]]]:
-        """The chunks that hold parts of the block; where in the tensor each part starts, and its size."""
-        for chunk in self._chunks_near(key, block):
-            start = [max(a, b) for a, b in zip(block.offset, chunk.offsets, strict=True)]
-            ends = zip(block.offset, block.size, chunk.offsets, chunk.sizes, strict=True)
-            lengths = [min(a + n, b + m) - s for (a, n, b, m), s in zip(ends, start, strict=True)]
-            if min(lengths) > 0:
-                yield chunk, start, lengths
+        for item in items:
+            try:
+                self._files.read_data(LoadPlan([item]), _Into(tensor))
+            except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+                place = self._places[item.storage_index]
+                problem = str(error).partition("\n")[0]
+                raise UserError(f"{self.path / place.relative_path}: damaged at {place.offset} ({problem})") from error
+        return tensor.reshape(block.size[block.lead :])
 
     def _chunks_near(self, key: str, block: Block) -> list[ChunkStorageMetadata]:
-        """The chunks of the block's layer and expert."""
+        """The chunks of the block's layer and expert: a model of many experts has thousands of others."""
         if (key, block.lead) not in self._chunks:
             index = self._chunks[key, block.lead] = defaultdict(list)
             for chunk in self._tensors[key].chunks:
                 index[tuple(chunk.offsets[: block.lead])].append(chunk)
         return self._chunks[key, block.lead].get(block.offset[: block.lead], [])
 
-    def _read_chunk(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
-        place = self._places[MetadataIndex(key, chunk.offsets)]
-        file, mapped = self._open(place.relative_path)
-        try:
-            tensor = load_archive(file, mapped, place, self._tensors[key].properties.dtype)
-        except (RuntimeError, pickle.UnpicklingError) as error:
-            problem = str(error).partition("\n")[0]
-            raise UserError(f"{self.path / place.relative_path}: damaged at {place.offset} ({problem})") from error
-        if tensor.shape != chunk.sizes:
-            raise UserError(f"{self.path / place.relative_path}: damaged at {place.offset} (not the block of {key})")
-        return tensor
 
-    def _open(self, name: str) -> tuple[io.FileIO, UntypedStorage]:
-        if name not in self._files:
-            file = io.FileIO(self.path / name)
-            size = os.fstat(file.fileno()).st_size
-            mapped: Any = UntypedStorage.from_file(str(self.path / name), shared=False, nbytes=size)
-            self._files[name] = file, mapped
-        return self._files[name]
+class _Into(DefaultLoadPlanner):
+    """Has everything read into one tensor."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self._tensor = tensor
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self._tensor

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from megatron_opsd.compat.torch_internals import StorageInfo
 from megatron_opsd.errors import UserError
 
 _CLASSES = {
@@ -65,8 +64,7 @@ def refuse_foreign(path: Path) -> None:
     """
     metadata = read_metadata(path)
     _load(path / "common.pt", 0, None)
-    places: dict[MetadataIndex, StorageInfo] = metadata.storage_data
-    for index, place in places.items():
+    for index, place in metadata.storage_data.items():
         if isinstance(metadata.state_dict_metadata[index.fqn], BytesStorageMetadata):
             _load(path / place.relative_path, place.offset, place.length)
 

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,7 +15,6 @@ from torch import Tensor
 
 from megatron_opsd.errors import UserError
 from megatron_opsd.weights.mapping import Shape
-from megatron_opsd.weights.output import Output
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -29,7 +28,6 @@ class HFReader:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._files: dict[str, safe_open] = {}
-        self._headers: dict[str, tuple[BinaryIO, int, dict[str, Any]]] = {}  # with where the data begin
         if (self.path / INDEX).is_file():
             self._file_of: dict[str, str] = json.loads((self.path / INDEX).read_text())["weight_map"]
         elif (self.path / SINGLE).is_file():
@@ -83,20 +81,6 @@ class HFReader:
             return tensor[:]
         return tensor[(slice(None),) * dim + (slice(start, stop),)]
 
-    def prefetch(self, name: str, start: int = 0, stop: int | None = None) -> None:
-        """Have the disk read what :meth:`read` of rows ``start:stop`` will want."""
-        file = self._file_of[name]
-        if file not in self._headers:
-            descriptor = (self.path / file).open("rb")
-            length = int.from_bytes(descriptor.read(8), "little")
-            self._headers[file] = descriptor, 8 + length, json.loads(descriptor.read(length))
-        descriptor, data, header = self._headers[file]
-        first, last = header[name]["data_offsets"]
-        row = (last - first) // header[name]["shape"][0]
-        end = last if stop is None else first + stop * row
-        first += start * row
-        os.posix_fadvise(descriptor.fileno(), data + first, end - first, os.POSIX_FADV_WILLNEED)
-
 
 def shard_name(index: int, count: int) -> str:
     return SINGLE if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
@@ -130,7 +114,7 @@ class ShardWriter:
             header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)  # the format wants the tensors aligned
-        self._file = Output(file)
+        self._file = file.open("wb")
         self._file.write(len(text).to_bytes(8, "little") + text)
         self._size = 8 + len(text) + end
 
@@ -141,6 +125,8 @@ class ShardWriter:
     def close(self) -> None:
         """Returns when the file is on the disk."""
         assert self._file.tell() == self._size
+        self._file.flush()
+        os.fsync(self._file.fileno())
         self._file.close()
 
 

@@ -28,9 +28,7 @@ UPSTREAM = {
     "megatron.core.tensor_parallel.random:_set_cuda_rng_state": ("cpu", "7770bad7"),
     "megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu": ("cpu", "d604b862"),
     "torch.distributed.distributed_c10d:_get_default_store": (TORCH, "119bb389"),
-    "torch.distributed.checkpoint.filesystem:_StorageInfo": (TORCH, "62bfdcc0"),
     "torch.testing._internal.distributed.fake_pg:FakeStore": (TORCH, "4b5568d8"),
-    "torch._utils:_rebuild_tensor_v2": (TORCH, "eee9aa9e"),
     "vllm.model_executor.model_loader.reload:finalize_layerwise_reload": (VLLM, "b77442c5"),
     "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method:UnquantizedFusedMoEMethod"
     ".process_weights_after_loading": (VLLM, "eed483ad"),

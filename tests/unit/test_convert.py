@@ -77,7 +77,7 @@ def test_there_and_back_bit_for_bit(
     family: str, tied: bool, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if dtype == "bf16":
-        monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1000)  # tensors of many blocks
+        monkeypatch.setattr(convert, "BLOCK_ELEMENTS", 1000)  # tensors of many blocks
     path = write_model(tmp_path / "model", family, tied)
     set_dtype(path, DTYPES[dtype])
     hf_to_megatron(path, tmp_path / "megatron", None, verify=True)
@@ -242,19 +242,23 @@ def test_no_space(
 
 @pytest.fixture(scope="module")
 def large_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """About 300 MB in three files."""
+    """About 460 MB in three files."""
     sys.path.insert(0, str(BENCHMARK.parent))
     from bench_convert import write_model as write_large_model  # pyright: ignore[reportMissingImports]
 
-    sizes = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 4, "vocab_size": 65_000}
+    sizes = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 8, "vocab_size": 65_000}
     path = tmp_path_factory.mktemp("large") / "model"
-    assert 280e6 < write_large_model(path, 170_000_000, **sizes) < 320e6
+    assert 440e6 < write_large_model(path, 170_000_000, **sizes) < 480e6
     yield path
     shutil.rmtree(path.parent)
 
 
-def test_memory_stays_within_a_block(large_model: Path) -> None:
-    """Not the model, and not a file of it: a block, of float32 where the dtype changes."""
+def test_memory_stays_within_a_tensor(large_model: Path) -> None:
+    """Not the model, and not a file of it.
+
+    On the way to Megatron the block in work, the next, and the last of every key, which torch's writer keeps; on the
+    way back the tensor in work, the next, and the block that is being read.
+    """
     folder = large_model.parent
 
     def peak(*arguments: object) -> float:
@@ -262,11 +266,12 @@ def test_memory_stays_within_a_block(large_model: Path) -> None:
         done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, check=True)
         return json.loads(done.stdout.splitlines()[-1])["peak"]
 
+    block, embedding = 2 * convert.BLOCK_ELEMENTS, 2 * 65_000 * 1024
     slack = 64e6  # what tables need, and what the allocator keeps
-    assert peak("hf-to-megatron", large_model, folder / "same") < slack  # most blocks are the files' own memory
-    assert peak("megatron-to-hf", folder / "same", folder / "back") < slack
+    assert peak("hf-to-megatron", large_model, folder / "same") < 10 * block + slack
+    assert peak("megatron-to-hf", folder / "same", folder / "back") < embedding + 3 * block + slack
     changed = peak("hf-to-megatron", large_model, folder / "float32", "--dtype", "float32")
-    assert changed < 4 * blocks.BLOCK_ELEMENTS + slack
+    assert changed < 10 * (2 * block) + slack
     assert_same(folder / "back", read_all(large_model))
 
 
