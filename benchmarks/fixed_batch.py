@@ -31,13 +31,14 @@ from megatron_opsd.config_file import add_overrides, load_config
 from megatron_opsd.data.batch import Batch, Microbatch, Sample, split
 from megatron_opsd.data.datasets import read_examples
 from megatron_opsd.data.prompts import build_prompts, max_model_len
+from megatron_opsd.methods.opsd import opsd_loss
 from megatron_opsd.model import parallel
 from megatron_opsd.model.gpt import HiddenStateGPT, build_model, forward
 from megatron_opsd.model.optimizer import build_optimizer, build_schedule, dithered, optimizer_step
 from megatron_opsd.model.student import Student
-from megatron_opsd.model.teacher import Teacher
+from megatron_opsd.model.teacher import FrozenTeacher
 from megatron_opsd.objective import Divergence, linear_divergence
-from megatron_opsd.objective.spec import Kind
+from megatron_opsd.objective.divergence import KindName
 from megatron_opsd.reliability.run_dir import read_jsonl, write_jsonl
 from megatron_opsd.rollout import build_engine
 from megatron_opsd.rollout.engine import Sampling, sample_seed
@@ -47,7 +48,7 @@ from megatron_opsd.weights.hf_files import HFReader
 from megatron_opsd.weights.load import load_hf
 from megatron_opsd.weights.mapping import NameTable
 
-KINDS: tuple[Kind, ...] = ("forward_kl", "reverse_kl", "jsd")
+KINDS: tuple[KindName, ...] = ("forward_kl", "reverse_kl", "jsd")
 CLIPS: tuple[tuple[str, float | None], ...] = (("none", None), ("entry", 0.05), ("token", 0.5), ("saturate", 0.05))
 SHARE = 0.02  # of the divergence, which a step along its unclipped gradient is predicted to take away
 CHUNK = 256
@@ -105,9 +106,11 @@ class Study:
         whole = Batch(samples)
         assignment = whole.assign(config.train.micro_batch_size, 1)
         self.microbatches = split(whole, assignment, 0, "token", parallel.device())
-        self.teacher = Teacher(self._load(config.model.path), "resident")
+        self.teacher = FrozenTeacher(self._load(config.model.path), "resident")
         self.teacher_hidden = self.teacher.score(self.microbatches)
-        self.student = Student(self._load(student or config.model.path), self.layout, config, self.arch.vocab_size)
+        self.student = Student(
+            self._load(student or config.model.path), self.layout, config, self.arch.vocab_size, opsd_loss(config)
+        )
         self.start = [parameter.detach().clone() for parameter in self.student.model.parameters()]
 
     def _load(self, path: str) -> HiddenStateGPT:
@@ -149,7 +152,7 @@ class Study:
         return buffer.grad_data
 
     @torch.no_grad()
-    def measure(self, part: slice = slice(None), kinds: Sequence[Kind] = KINDS) -> dict[str, float]:
+    def measure(self, part: slice = slice(None), kinds: Sequence[KindName] = KINDS) -> dict[str, float]:
         """Means over the tokens of some micro-batches: the unclipped divergences, both entropies, agreement."""
         sums: dict[str, Tensor] = {}
         for microbatch, target in zip(self.microbatches[part], self.teacher_hidden[part], strict=True):

@@ -4,10 +4,12 @@ The string under each field is its ``--help``. What can be said of settings with
 here, by validators whose errors name the settings; the rest is plan/preflight.py's.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from megatron_opsd.types import Grade
 
 # The wording of the prompts. Here because it is configuration; prompts.py turns it into token ids.
 _CLOSING = r"Please reason step by step, and put your final answer within \boxed{}."
@@ -22,6 +24,12 @@ TEACHER_TEMPLATE = (
     "--- end solution ---\n\n"
     "Make sure you understand every step of it. Then derive the answer yourself, in your own words, as if you had "
     "not been shown the solution.\n\n" + _CLOSING
+)
+
+ANSWER_TEMPLATE = (
+    "Problem: {problem}\n\n"
+    "The final answer is known to be {answer}. Derive it yourself, in your own words, as if you had not been told.\n\n"
+    + _CLOSING
 )
 
 Positive = Annotated[int, Field(gt=0)]
@@ -64,11 +72,56 @@ class ModelConfig(Section):
     """`full` keeps one activation a layer and computes the rest again in the backward pass."""
 
 
+Reads = Literal["problem", "answer", "solution"]  # what a row of the data must have; each includes the problem
+
+
+class OpsdConfig(Section):
+    writes_rollouts: ClassVar[bool] = True  # whether the engine writes responses in every step
+    kind: Literal["opsd"] = "opsd"
+    """The method: `opsd`, On-Policy Self-Distillation, or `sft`, fine-tuning on the data's solutions."""
+    loss: Literal["divergence", "sampled_token"] = "divergence"
+    """`divergence` compares whole distributions ([objective]); `sampled_token` is the policy gradient of the sampled
+    tokens, with log q - log p as their advantages."""
+    context: Literal["solution", "answer", "shuffled", "nothing"] = "solution"
+    """What the teacher sees besides the problem: the reference solution, or its final answer alone. Controls:
+    `shuffled`, another problem's solution; `nothing`, the student's prompt."""
+    train_on: list[Annotated[Grade, Field(strict=False)]] = list(Grade)
+    """Which responses are learned from. `unfinished` ones were cut at the limit; `unknown`: the data has no answer."""
+
+    @property
+    def reads(self) -> Reads:
+        if self.context in ("solution", "shuffled"):
+            return "solution"
+        return "answer" if self.context == "answer" or Grade.UNKNOWN not in self.train_on else "problem"
+
+
+class SftConfig(Section):
+    writes_rollouts: ClassVar[bool] = False
+    kind: Literal["sft"] = "sft"
+    """The method: `opsd`, On-Policy Self-Distillation, or `sft`, fine-tuning on the data's solutions."""
+
+    @property
+    def reads(self) -> Reads:
+        return "solution"
+
+
+def _method_kind(method: Any) -> Any:
+    return method.get("kind", "opsd") if isinstance(method, dict) else getattr(method, "kind", None)
+
+
+MethodConfig = Annotated[
+    Annotated[OpsdConfig, Tag("opsd")] | Annotated[SftConfig, Tag("sft")], Discriminator(_method_kind)
+]
+
+
 class TeacherConfig(Section):
+    kind: Literal["frozen", "live", "ema"] = "frozen"
+    """`frozen`: the model the run starts from. `live`: the student itself, without a copy. `ema`: an exponential moving
+    average of the student."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    """How much of an `ema` teacher's weights stays in each step."""
     placement: Literal["resident", "offload"] = "resident"
     """`offload` keeps the teacher's weights in pinned host memory while it is not scoring; its LM head stays."""
-    context: Literal["solution", "shuffled", "nothing"] = "solution"
-    """`solution` is the method. Controls: `shuffled`, another problem's solution; `nothing`, the student's prompt."""
 
 
 class ParallelConfig(Section):
@@ -114,6 +167,8 @@ class PromptsConfig(Section):
     """The student's user turn; {problem} is replaced."""
     teacher_template: str = TEACHER_TEMPLATE
     """The teacher's user turn; {problem} and {solution} are replaced."""
+    answer_template: str = ANSWER_TEMPLATE
+    """The teacher's user turn with method.context = `answer`; {problem} and {answer} are replaced."""
     student_thinking: bool = False
     """`enable_thinking` of the student's chat template."""
     teacher_thinking: bool = True
@@ -168,10 +223,10 @@ class RolloutConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    kind: Literal["jsd", "forward_kl", "reverse_kl"] = "jsd"
+    kind: Literal["jsd", "forward_kl", "reverse_kl", "skewed_kl"] = "jsd"
     """The divergence between the teacher's and the student's next-token distributions."""
     beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """The teacher's weight in the mixture of `jsd`."""
+    """The teacher's weight in the mixture of `jsd` and `skewed_kl`."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Both distributions are softmax(logits / temperature)."""
     clip_mode: Literal["none", "entry", "token", "saturate"] = "saturate"
@@ -181,6 +236,11 @@ class ObjectiveConfig(Section):
     """Size of the clip; 0.2 suits `entry` with jsd, 0.5 `token`."""
     normalization: Literal["token", "sequence"] = "token"
     """Mean over all response tokens of the global batch, or mean of the sequences' means."""
+    importance_cap: Annotated[float, Field(gt=0)] | None = None
+    """For loss `sampled_token`: weigh each token by the student's probability over vLLM's, capped here. Off by
+    default."""
+    allow_biased_sampling: bool = False
+    """Let loss `sampled_token` learn from responses that were sampled from another distribution than its own."""
     chunk_size: Positive = 2048
     """Tokens whose logits exist at one time."""
 
@@ -324,6 +384,8 @@ class Config(Section):
     """[model]"""
     data: DataConfig
     """[data]"""
+    method: MethodConfig = OpsdConfig()
+    """[method]"""
     teacher: TeacherConfig = TeacherConfig()
     """[teacher]"""
     parallel: ParallelConfig = ParallelConfig()
@@ -349,15 +411,54 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     """[evaluate]"""
 
+    @property
+    def needs_engine(self) -> bool:
+        """Whether the run writes responses: in its steps, or for evaluations."""
+        return self.method.writes_rollouts or self.evaluate.interval > 0
+
+    @property
+    def teacher_kind(self) -> Literal["frozen", "live", "ema"] | None:
+        """The teacher of a method that has one."""
+        return self.teacher.kind if isinstance(self.method, OpsdConfig) else None
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         size, samples = self.train.global_batch_size, self.rollout.samples_per_prompt
         if size % samples:
             raise ValueError(f"rollout.samples_per_prompt = {samples} does not divide train.global_batch_size = {size}")
-        if self.teacher.context == "shuffled" and size == samples:
-            raise ValueError("teacher.context = 'shuffled' needs two problems a step; raise train.global_batch_size")
+        self._check_method()
         if self.evaluate.interval and not self.evaluate.data:
             raise ValueError(
                 "evaluate.interval is on but evaluate.data.path is missing; set it or evaluate.interval = 0"
             )
         return self
+
+    def _check_method(self) -> None:
+        """Refuse combinations that could teach nothing, or not what they say."""
+        method, rollout, objective = self.method, self.rollout, self.objective
+        if isinstance(method, SftConfig):
+            if self.teacher != TeacherConfig():
+                raise ValueError("method.kind = 'sft' has no teacher; remove the settings of [teacher]")
+            if rollout.samples_per_prompt > 1:
+                raise ValueError("method.kind = 'sft' samples nothing; remove rollout.samples_per_prompt")
+        else:
+            if method.context == "shuffled" and self.train.global_batch_size == rollout.samples_per_prompt:
+                raise ValueError("method.context = 'shuffled' needs two problems a step; raise train.global_batch_size")
+            if self.teacher.kind == "live" and method.context == "nothing":
+                raise ValueError(
+                    "teacher.kind = 'live' with method.context = 'nothing' compares the student with itself; change one"
+                )
+            if not method.train_on:
+                raise ValueError("method.train_on = []: nothing would be learned; name a grade")
+        if self.teacher.kind == "live" and self.teacher.placement == "offload":
+            raise ValueError("teacher.kind = 'live' has no weights of its own; remove teacher.placement")
+        sampled = isinstance(method, OpsdConfig) and method.loss == "sampled_token"
+        if objective.importance_cap is not None and not sampled:
+            raise ValueError("objective.importance_cap needs method.loss = 'sampled_token'; remove it")
+        same = rollout.temperature == objective.temperature and rollout.top_p == 1 and rollout.top_k == -1
+        if sampled and not (same or objective.allow_biased_sampling):
+            raise ValueError(
+                "method.loss = 'sampled_token' is biased unless responses come from the distribution that learns; set "
+                f"rollout.temperature = {objective.temperature}, rollout.top_p = 1.0 and rollout.top_k = -1, or "
+                "objective.allow_biased_sampling = true"
+            )

@@ -17,19 +17,19 @@ def fields(schema: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]
     """Dotted name -> pydantic field of every setting below ``schema``."""
     found: dict[str, Any] = {}
     for name, field in schema.model_fields.items():
-        section = _section_of(field.annotation)
-        if section is None:
+        sections = _sections_of(field.annotation)
+        if not sections:
             found[prefix + name] = field
-        else:
+        for section in sections:
             found |= fields(section, f"{prefix}{name}.")
     return found
 
 
-def _section_of(annotation: Any) -> type[Section] | None:
-    for candidate in (annotation, *getattr(annotation, "__args__", ())):
-        if isinstance(candidate, type) and issubclass(candidate, Section):
-            return candidate
-    return None
+def _sections_of(annotation: Any) -> list[type[Section]]:
+    """The section that a field holds; several of a union."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [section for part in getattr(annotation, "__args__", ()) for section in _sections_of(part)]
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
@@ -77,8 +77,18 @@ def _set(raw: dict[str, Any], name: str, text: str, path: str) -> None:
 
 def _explain(error: ValidationError, path: str, overrides: dict[str, str]) -> str:
     first = error.errors()[0]
-    name = ".".join(str(part) for part in first["loc"])
+    parts = [str(part) for part in first["loc"]]
+    if parts[:1] == ["method"]:
+        del parts[1:2]  # pydantic's tag of the union
+    name = ".".join(parts)
     where = f"--{name}" if name in overrides else f"{path}: {name}"
+    if first["type"] == "union_tag_invalid":
+        kinds = [
+            section.model_fields["kind"].default for section in _sections_of(Config.model_fields["method"].annotation)
+        ]
+        return f"{path}: method.kind = {first.get('ctx', {})['tag']!r}: must be one of {', '.join(kinds)}"
+    if first["type"] == "extra_forbidden" and name in fields():
+        return f"{where}: the method {first['loc'][1]!r} has no such setting; remove it"
     if first["type"] == "extra_forbidden":
         known = [*fields(), *{key.rpartition(".")[0] for key in fields()} - {""}]
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]

@@ -5,6 +5,7 @@ rollout        vLLM: weights and KV cache; evaluations too
 teacher        the teacher (vLLM sleeps at level 2: nothing of it is left)
 student        the student's gradients
 optimizer      the student's gradients, the optimizer's states
+after update   nothing of these
 refit          vLLM: weights, and one bucket of the student's; the KV cache wakes when that is free again
 exit           nothing, so that vLLM can wake when it is closed: its memory must be awake when the process ends
 =============  ======================================================================================
@@ -33,7 +34,7 @@ class DeviceMemory:
     The watchdog counts a move to the phase before it.
     """
 
-    def __init__(self, engine: Engine, teacher: Teacher, student: Student, states: OptimizerStates) -> None:
+    def __init__(self, engine: Engine, teacher: Teacher | None, student: Student, states: OptimizerStates) -> None:
         self._engine, self._teacher, self._student, self._states = engine, teacher, student, states
         self._training = False  # something of a step that vLLM has no room for may be on the device
         self._peak = 0  # bytes
@@ -48,11 +49,12 @@ class DeviceMemory:
         self._begin_phase()
         self._training = True
         self._move("vLLM off", self._engine.sleep)
-        self._move("teacher on", self._teacher.load)
+        if self._teacher:
+            self._move("teacher on", self._teacher.load)
 
     def for_student(self) -> None:
         self._begin_phase()
-        self._move("teacher off", self._teacher.offload)
+        self._teacher_off()
         if self._states.offloads:
             self._move("gradients on", self._student.ddp.restore_grad_buffers)
 
@@ -60,9 +62,18 @@ class DeviceMemory:
         self._begin_phase()
         self._move("optimizer states on", self._states.load)
 
-    def for_refit(self) -> None:
+    def without_training(self) -> None:
+        """In place of what lies between the rollout and the refit."""
+        self._begin_phase()
+        self._move("vLLM off", self._engine.sleep)
+
+    def after_update(self) -> None:
+        """What training alone needs goes."""
         self._begin_phase()
         self._clear()
+
+    def for_refit(self) -> None:
+        """After ``after_update``."""
         self._begin_phase()  # vLLM's weights are never there together with what went
         self._move("vLLM's weights on", self._engine.wake_up_weights)
 
@@ -70,7 +81,7 @@ class DeviceMemory:
         """Room for vLLM, whose memory must be awake when the process ends; a step may have been given up half-way."""
         self._begin_phase()
         if self._training:
-            self._move("teacher off", self._teacher.offload)
+            self._teacher_off()
             self._clear()
 
     def peak_gib(self) -> float:
@@ -90,8 +101,11 @@ class DeviceMemory:
             return 0
         return torch.cuda.max_memory_allocated(parallel.device()) - self._engine.sleeping_bytes()
 
+    def _teacher_off(self) -> None:
+        if self._teacher:
+            self._move("teacher off", self._teacher.offload)
+
     def _clear(self) -> None:
-        """What training alone needs goes."""
         self._move("optimizer states off", self._states.offload)
         if self._states.offloads:
             self._move("gradients off", self._student.ddp.offload_grad_buffers)

@@ -65,7 +65,7 @@ class Run:
         self.held_out: list[Example] = []
         if config.evaluate.data and config.evaluate.interval:
             self.held_out = read_held_out(config.evaluate.data, prompts.tokenizer)[: config.evaluate.limit]
-        sampler = Sampler(read_examples(config.data, prompts.tokenizer), config.train.seed)
+        sampler = Sampler(read_examples(config.data, prompts.tokenizer, reads=config.method.reads), config.train.seed)
         check_same_data(sampler)
         self.trainer = Trainer(config, layout, prompts, sampler, resume_from)
         self.checkpoints.saved_step = self.trainer.progress.step
@@ -122,7 +122,7 @@ class Run:
             return
         self.watchdog.enter("evaluate")
         trainer = self.trainer
-        trainer.memory.for_rollout()
+        trainer.ready_engine()
         evaluation = evaluate(
             trainer.engine, trainer.prompts, self.held_out, self.config, lambda: self.preemption.received
         )
@@ -135,7 +135,8 @@ class Run:
         self.watchdog.enter("save")
         trainer = self.trainer
         trainer.progress.guards = self.guards.state_dict()
-        self.checkpoints.save(trainer.student.model, trainer.optimizer, trainer.progress, keep=self.guards.best_step)
+        keep = self.guards.best_step
+        self.checkpoints.save(trainer.student.model, trainer.optimizer, trainer.teacher, trainer.progress, keep)
 
     def finish_saving(self) -> list[str]:
         """Wait for the checkpoint under way, if any. Returns warnings about it."""

@@ -1,30 +1,29 @@
-"""On-Policy Self-Distillation, one step after the other. run.py is the loop around it."""
+"""One training step after the other. run.py is the loop around it, methods/ what is learned from."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from megatron_opsd.config import Config
-from megatron_opsd.data.batch import Batch, Sample, padding_share, split
+from megatron_opsd.config import Config, ModelConfig
+from megatron_opsd.data.batch import Batch, Sample, fill_up, padding_share, split
 from megatron_opsd.data.prompts import PromptBuilder, max_model_len
 from megatron_opsd.data.sampler import Sampler
 from megatron_opsd.device_memory import DeviceMemory
 from megatron_opsd.errors import AbandonedError
-from megatron_opsd.evaluate import grade
+from megatron_opsd.methods import build_method
 from megatron_opsd.model import parallel
 from megatron_opsd.model.gpt import HiddenStateGPT, build_model
-from megatron_opsd.model.optimizer import OptimizerStates, Update, build_optimizer, build_schedule, optimizer_step
-from megatron_opsd.model.student import LossSums, Student
-from megatron_opsd.model.teacher import Teacher
+from megatron_opsd.model.optimizer import OptimizerStates, build_optimizer, build_schedule, optimizer_step
+from megatron_opsd.model.student import Student
+from megatron_opsd.model.teacher import EmaTeacher, FrozenTeacher, LiveTeacher, Teacher
 from megatron_opsd.reliability import checkpoint
 from megatron_opsd.rollout import build_engine
-from megatron_opsd.rollout.engine import Sampling, sample_seed
+from megatron_opsd.rollout.engine import NoEngine, sample_seed
 from megatron_opsd.rollout.refit import check_logprob_gap, refit
 from megatron_opsd.telemetry.metrics import Clock, is_due
-from megatron_opsd.types import Example, Phase, Progress, Rollout, StepResult
+from megatron_opsd.types import Grade, Group, Phase, Progress, StepResult
 from megatron_opsd.weights.architecture import read_architecture
 from megatron_opsd.weights.export import Exporter
 from megatron_opsd.weights.hf_files import HFReader, write_hf
@@ -33,7 +32,7 @@ from megatron_opsd.weights.mapping import NameTable
 
 
 class Trainer:
-    """Student, teacher and engine on this rank, and how far they have come. ``step`` is the algorithm."""
+    """Method, student, teacher and engine on this rank, and how far they have come. ``step`` is the algorithm."""
 
     def __init__(
         self,
@@ -48,13 +47,16 @@ class Trainer:
         reader = HFReader(config.model.path)
         reader.check(self.table.hf_tensors())
         # The engine first: it measures how much of the device is free. It sleeps while the models come.
-        self.engine = build_engine(config, max_model_len(config, prompts))
+        self.engine = build_engine(config, max_model_len(config, prompts)) if config.needs_engine else NoEngine()
         self.engine.sleep()
+        self.engine_version = -1  # of the weights that the engine holds
+        self.method = build_method(config, prompts, sampler, self.engine)
         # The teacher before the student: where it is offloaded, the two are never on the device together.
-        self.teacher = Teacher(self._load_model(reader), config.teacher.placement)
-        self.progress = Progress(self.teacher.identity(self._exporter(self.teacher.model)), sampler.state_dict())
-        self.teacher.offload()
-        self.student = Student(self._load_model(reader), layout, config, self.table.arch.vocab_size)
+        self.progress = Progress(config.teacher.kind, sampler.state_dict())
+        self.teacher = self._own_teacher(reader) if self.method.loss.needs_teacher else None
+        self.student = Student(self._load_model(reader), layout, config, self.table.arch.vocab_size, self.method.loss)
+        if self.method.loss.needs_teacher and self.teacher is None:
+            self.teacher = LiveTeacher(self.student.model)
         self.optimizer = build_optimizer(self.student, config.optim)
         self.schedule = build_schedule(self.optimizer, config.optim, config.train.steps)
         states = OptimizerStates(self.optimizer, config.optim)
@@ -62,11 +64,11 @@ class Trainer:
         self.exporter = self._exporter(self.student.model)
         if resume_from:
             self._resume(resume_from)
-        self.memory.for_refit()
-        refit(self.exporter, self.engine, self.progress.step, verify=True)
+        if config.method.writes_rollouts:
+            self.refit(verify=True)
 
     def step(self, clock: Clock, should_abort: Callable[[], bool]) -> StepResult:
-        """One step of On-Policy Self-Distillation.
+        """One step of any method.
 
         Raises:
             AbandonedError: ``should_abort`` was true on a rank before the student's pass. Student and progress are as
@@ -75,36 +77,60 @@ class Trainer:
         config, progress = self.config, self.progress
         parallel.seed_everything(sample_seed(config.train.seed, progress.step, 0))
         self.memory.seconds = 0.0
-        self.memory.for_rollout()
+        if config.method.writes_rollouts:
+            self.memory.for_rollout()
         with clock.phase(Phase.ROLLOUT):
-            examples = self._next_examples()
-            prompts = [self.prompts.student(example) for example in examples]
-            rollouts = self._generate(prompts, should_abort)
+            groups = self.method.collect(progress.step, should_abort)
         abort_if(should_abort)
-        batch = self._build_batch(examples, prompts, rollouts)
+        samples = self.method.samples(groups)
+        if not samples:
+            return self._learn_nothing(groups, clock)
+        batch = self._build_batch(samples)
         dp, device = self.layout.dp_group, parallel.device()
         assignment = batch.assign(config.train.micro_batch_size, dp.size())
         microbatches = split(batch, assignment, dp.rank(), config.objective.normalization, device)
         self.memory.for_teacher()
         with clock.phase(Phase.TEACHER):
-            teacher_hidden = self.teacher.score(microbatches)
+            teacher_hidden = self.teacher.score(microbatches) if self.teacher else []
         abort_if(should_abort)
         self.memory.for_student()
         with clock.phase(Phase.STUDENT):
-            losses = self.student.forward_backward(microbatches, self.teacher.head_weight(), teacher_hidden)
-        check_logprob_gap(losses, progress.step, config)  # of the refit before: vLLM against the student
+            teacher_head = self.teacher.head_weight() if self.teacher else None
+            losses = self.student.forward_backward(microbatches, teacher_head, teacher_hidden)
+        if config.method.writes_rollouts:
+            check_logprob_gap(losses, progress.step, config)  # of the refit before: vLLM against the student
         self.memory.for_optimizer()
         with clock.phase(Phase.OPTIMIZER):
             update = optimizer_step(self.optimizer, self.schedule, losses.means()["loss"])
-            progress.step += 1  # from here on there is something to save
-            progress.sampler = self.sampler.state_dict()
-        self.memory.for_refit()
+            if self.teacher and update.applied:
+                self.teacher.after_update(self.student.model)
+            self._count_step()  # from here on there is something to save
+        self.memory.after_update()
         with clock.phase(Phase.REFIT):
-            verify = is_due(progress.step, config.rollout.refit_verify_interval)
-            refit(self.exporter, self.engine, progress.step, verify)
-        correct = self._grade(examples, rollouts)
-        padding = padding_share(batch, assignment)
-        return StepResult(self._metrics(losses, update, rollouts, correct, padding, clock), examples, rollouts, correct)
+            if config.method.writes_rollouts:
+                self.refit(verify=is_due(progress.step, config.rollout.refit_verify_interval))
+        learned = {
+            **losses.means(),
+            "grad_norm": update.grad_norm,
+            "lr": update.lr,
+            "skipped": int(not update.applied),
+            "samples": len(samples),
+            "tokens": losses.tokens,
+            "padding_share": padding_share(batch, assignment),
+        }
+        return StepResult(self._metrics(groups, learned, clock), groups)
+
+    def refit(self, verify: bool) -> None:
+        """Bring the student's weights into the engine."""
+        self.memory.for_refit()
+        refit(self.exporter, self.engine, self.progress.step, verify)
+        self.engine_version = self.progress.step
+
+    def ready_engine(self) -> None:
+        """Make the engine ready to write with the student's weights, outside of a step."""
+        if self.engine_version != self.progress.step:
+            self.refit(verify=True)
+        self.memory.for_rollout()
 
     def export_hf(self, out: Path) -> None:
         """Write the student as a Hugging Face directory."""
@@ -121,10 +147,28 @@ class Trainer:
         self.engine.close()
 
     def _load_model(self, reader: HFReader) -> HiddenStateGPT:
-        model = build_model(self.table.arch, self.config.model, self.config.parallel, self.layout.pg_collection)
-        layout = self.layout
+        model, layout = self._build_model(self.config.model), self.layout
         load_hf(model, reader, self.table, layout.shard, layout.dp_group, layout.expert_dp_group)
         return model
+
+    def _own_teacher(self, reader: HFReader) -> Teacher | None:
+        """The teacher, where it has weights of its own; offloaded."""
+        settings = self.config.teacher
+        if settings.kind == "live":
+            return None
+        model = self._load_model(reader)
+        if settings.kind == "ema":
+            wide = self.config.model.model_copy(update={"dtype": "float32"})
+            self.progress.teacher = f"ema {settings.ema_decay}"
+            teacher = EmaTeacher(model, settings.placement, settings.ema_decay, lambda: self._build_model(wide))
+        else:
+            teacher = FrozenTeacher(model, settings.placement)
+            self.progress.teacher = teacher.identity(self._exporter(model))
+        teacher.offload()
+        return teacher
+
+    def _build_model(self, config: ModelConfig) -> HiddenStateGPT:
+        return build_model(self.table.arch, config, self.config.parallel, self.layout.pg_collection)
 
     def _exporter(self, model: HiddenStateGPT) -> Exporter:
         bucket_bytes = int(self.config.rollout.refit_bucket_mib * 2**20)
@@ -132,77 +176,50 @@ class Trainer:
         return Exporter(model, self.table, layout.tp_group, layout.pp_group, layout.ep_group, bucket_bytes)
 
     def _resume(self, path: Path) -> None:
-        self.progress = checkpoint.load(path, self.student.model, self.optimizer, self.progress.teacher)
+        self.progress = checkpoint.load(path, self.student.model, self.optimizer, self.teacher, self.progress.teacher)
         self.sampler.load_state_dict(self.progress.sampler)
         self.schedule.step(self.progress.step)
 
-    def _next_examples(self) -> list[Example]:
-        """The step's problems, each as often as it is sampled."""
-        samples_per_prompt = self.config.rollout.samples_per_prompt
-        drawn = self.sampler.next_batch(self.config.train.global_batch_size // samples_per_prompt)
-        return [example for example in drawn for _ in range(samples_per_prompt)]
-
-    def _generate(self, prompts: Sequence[list[int]], should_abort: Callable[[], bool]) -> list[Rollout]:
-        settings, version = self.config.rollout, self.progress.step
-        sampling = Sampling(settings.max_response_tokens, settings.temperature, settings.top_p, settings.top_k)
-        seeds = [sample_seed(self.config.train.seed, version + 1, i) for i in range(len(prompts))]
-        rollouts = self.engine.generate(prompts, sampling, seeds, should_abort)
-        assert all(rollout.weight_version == version for rollout in rollouts), "stale weights"
-        return rollouts
-
-    def _build_batch(
-        self, examples: Sequence[Example], prompts: Sequence[list[int]], rollouts: Sequence[Rollout]
-    ) -> Batch:
-        rows = zip(prompts, self._teacher_prompts(examples, prompts), rollouts, strict=True)
-        sizes = self.config.parallel
+    def _build_batch(self, samples: list[Sample]) -> Batch:
+        sizes, train = self.config.parallel, self.config.train
+        micro_batch_size = 1 if train.packing else train.micro_batch_size
         return Batch(
-            [Sample(prompt, teacher_prompt, rollout) for prompt, teacher_prompt, rollout in rows],
+            fill_up(samples, self.layout.dp_group.size() * micro_batch_size),
             skip_first_tokens=self.config.prompts.skip_first_tokens,
             multiple=sizes.tensor_model_parallel_size if sizes.sequence_parallel else 1,
             one_length=sizes.pipeline_model_parallel_size > 1,
-            packing=self.config.train.packing,
+            packing=train.packing,
         )
 
-    def _teacher_prompts(self, examples: Sequence[Example], prompts: Sequence[list[int]]) -> Sequence[list[int]]:
-        context = self.config.teacher.context
-        if context == "nothing":
-            return prompts
-        if context == "shuffled":
-            k = self.config.rollout.samples_per_prompt  # neighbours share a problem
-            others = [*examples[k:], *examples[:k]]
-            examples = [replace(x, solution=other.solution) for x, other in zip(examples, others, strict=True)]
-        return [self.prompts.teacher(example) for example in examples]
+    def _count_step(self) -> None:
+        self.progress.step += 1
+        self.progress.sampler = self.sampler.state_dict()
 
-    def _grade(self, examples: Sequence[Example], rollouts: Sequence[Rollout]) -> list[bool | None]:
-        """Whether each rollout is right; None where the answer is unknown."""
-        correct = grade(rollouts, examples, self.prompts.tokenizer, self.config.evaluate.answer_check)
-        return [None if example.answer is None else right for example, right in zip(examples, correct, strict=True)]
+    def _learn_nothing(self, groups: list[Group], clock: Clock) -> StepResult:
+        """A step whose method found nothing to learn from: it counts, and the weights stay as they are."""
+        lr = self.optimizer.param_groups[0]["lr"]
+        self.schedule.step(1)
+        self._count_step()
+        self.memory.without_training()
+        with clock.phase(Phase.REFIT):
+            self.refit(verify=False)  # the same weights under their new number
+        nothing = {"grad_norm": 0.0, "lr": lr, "skipped": 0, "samples": 0, "tokens": 0.0, "padding_share": 0.0}
+        return StepResult(self._metrics(groups, nothing, clock), groups)
 
-    def _metrics(
-        self,
-        losses: LossSums,
-        update: Update,
-        rollouts: Sequence[Rollout],
-        correct: Sequence[bool | None],
-        padding: float,
-        clock: Clock,
-    ) -> dict[str, Any]:
-        known = [right for right in correct if right is not None]
+    def _metrics(self, groups: Sequence[Group], learned: dict[str, Any], clock: Clock) -> dict[str, Any]:
+        grades = [grade for group in groups for grade in group.grades]
+        known = [grade for grade in grades if grade != Grade.UNKNOWN]
+        lengths = [len(rollout.token_ids) for group in groups for rollout in group.rollouts]
         seconds = clock.seconds()
         return {
             "step": self.progress.step,
-            **losses.means(),
-            **({"accuracy": sum(known) / len(known)} if known else {}),
-            "grad_norm": update.grad_norm,
-            "lr": update.lr,
-            "skipped": int(not update.applied),
-            "tokens": losses.tokens,
-            "padding_share": padding,
-            "response_length": sum(len(rollout.token_ids) for rollout in rollouts) / len(rollouts),
-            "weight_version": rollouts[0].weight_version,
+            **learned,
+            **({"accuracy": known.count(Grade.RIGHT) / len(known)} if known else {}),
+            "response_length": sum(lengths) / len(lengths),
+            "weight_version": groups[0].rollouts[0].weight_version,
             **seconds,
             "seconds_memory": self.memory.seconds,
-            "tokens_per_second": losses.tokens / seconds["seconds_total"],
+            "tokens_per_second": learned["tokens"] / seconds["seconds_total"],
             "memory_peak_gib": self.memory.peak_gib(),
         }
 

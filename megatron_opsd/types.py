@@ -34,8 +34,8 @@ class Rollout:
     """One response as the engine sampled it.
 
     `token_ids` ends with the end-of-turn token when the student wrote it (`finish_reason` "stop"); a response cut at
-    the token limit has `finish_reason` "length". `logprobs` are natural logs at temperature 1, one per token.
-    `weight_version` is the version of the weights that wrote all of the response.
+    the token limit has `finish_reason` "length". `logprobs` are natural logs at temperature 1, one per token; none of a
+    response that no engine has sampled. `weight_version` is the version of the weights that wrote all of the response.
     """
 
     token_ids: list[int]
@@ -44,17 +44,31 @@ class Rollout:
     weight_version: int
 
 
+class Grade(StrEnum):
+    """What is known of a response's final answer."""
+
+    RIGHT = "right"
+    WRONG = "wrong"
+    UNFINISHED = "unfinished"  # cut at the token limit, before a right answer
+    UNKNOWN = "unknown"  # the data has no answer to compare with
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One problem, the student's prompt as token ids, and its responses with their grades."""
+
+    example: Example
+    prompt: list[int]
+    rollouts: list[Rollout]
+    grades: list[Grade]
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """One training step: its numbers under the names of metrics.jsonl, and the examples and rollouts it was made of.
-
-    `correct` says of each rollout whether its answer is right, None where the example has no answer.
-    """
+    """One training step: its numbers under the names of metrics.jsonl, and the groups it was made of."""
 
     metrics: dict[str, float]
-    examples: list[Example]
-    rollouts: list[Rollout]
-    correct: list[bool | None]
+    groups: list[Group]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +93,7 @@ class Evaluation:
 class Progress:
     """The state of a run besides weights and optimizer: saved and restored whole.
 
-    teacher: identity of the teacher's weights.
+    teacher: identity of a frozen teacher's weights, or what kind another is.
     sampler: its state after ``step`` steps.
     step: how many are done, which is also the version of the student's weights.
     evaluated_step: that of the last evaluation; -1 for none.

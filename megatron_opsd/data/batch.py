@@ -5,7 +5,7 @@ before it, on the student's side and on the teacher's, whatever the two prompts'
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Literal
 
@@ -21,16 +21,33 @@ Assignment = list[list[list[int]]]  # [dp][micro-batches] numbers of sequences i
 
 @dataclass(frozen=True)
 class Sample:
-    """One response after both prompts, as token ids."""
+    """One response after its prompts, as token ids.
+
+    teacher_prompt: None where the loss needs no teacher.
+    advantage: of all of its tokens, for losses that are given one.
+    is_fill: makes the batch a multiple of what the layout needs; nothing is learned from it.
+    """
 
     student_prompt: list[int]
-    teacher_prompt: list[int]
+    teacher_prompt: list[int] | None
     rollout: Rollout
+    advantage: float = 1.0
+    is_fill: bool = False
 
     def sequence(self, side: Side) -> list[int]:
         """What the student or the teacher reads."""
         prompt = self.student_prompt if side == "student" else self.teacher_prompt
+        assert prompt is not None
         return (prompt + self.rollout.token_ids)[:-1]
+
+
+def fill_up(samples: list[Sample], multiple: int) -> list[Sample]:
+    """The samples, and as many copies of the shortest as make their number a multiple."""
+    missing = -len(samples) % multiple
+    if not missing:
+        return samples
+    shortest = min(samples, key=lambda sample: len(sample.sequence("student")))
+    return samples + [replace(shortest, is_fill=True)] * missing
 
 
 @dataclass(frozen=True)
@@ -49,9 +66,14 @@ class Batch:
     one_length: bool = False
     packing: bool = False
 
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        """Those that read the batch."""
+        return SIDES if self.samples[0].teacher_prompt is not None else ("student",)
+
     def tokens(self, sample: Sample) -> int:
         """Number of the sample's response tokens that are trained on."""
-        return max(0, len(sample.rollout.token_ids) - self.skip_first_tokens)
+        return 0 if sample.is_fill else max(0, len(sample.rollout.token_ids) - self.skip_first_tokens)
 
     def assign(self, micro_batch_size: int, dp_size: int) -> Assignment:
         """The sequences of each micro-batch of each data-parallel rank, as many micro-batches on every rank.
@@ -65,7 +87,7 @@ class Batch:
             return [
                 [numbers[i : i + micro_batch_size] for i in range(0, len(numbers), micro_batch_size)] for numbers in own
             ]
-        lengths = [max(len(sample.sequence(side)) for side in SIDES) for sample in self.samples]
+        lengths = [max(len(sample.sequence(side)) for side in self.sides) for sample in self.samples]
         bins = [_pack(numbers, lengths, micro_batch_size * max(lengths)) for numbers in own]
         most = max(map(len, bins))
         for rank in bins:
@@ -99,9 +121,10 @@ class Microbatch:
     """What one rank computes at once: sequences with n response tokens together, ordered by sequence, then time."""
 
     student: Sequences
-    teacher: Sequences
+    teacher: Sequences | None
     response_ids: Tensor  # [n]
-    rollout_logprobs: Tensor  # [n] what vLLM said of them
+    rollout_logprobs: Tensor | None  # [n] what vLLM said of them, where it wrote them
+    advantages: Tensor  # [n]
     sequence: Tensor  # [n] number of the token's sequence in the global batch
     token_weights: Tensor  # [n]
     count: int  # the divisor's share of this micro-batch: tokens, or sequences
@@ -121,7 +144,7 @@ def _pack(numbers: list[int], lengths: list[int], room: int) -> list[list[int]]:
 def padding_share(batch: Batch, assignment: Assignment) -> float:
     """Share of both sides' positions that hold no token, over all ranks."""
     places = tokens = 0
-    for side in SIDES:
+    for side in batch.sides:
         for rank, lengths in zip(assignment, batch.row_lengths(side, assignment), strict=True):
             for numbers, length in zip(rank, lengths, strict=True):
                 places += length * (1 if batch.packing else len(numbers))
@@ -141,25 +164,42 @@ def split(
     The weights and counts make (sum over all ranks of weight * loss) / (sum of counts) the mean over the response
     tokens of the global batch ("token"), or the mean of its sequences' means ("sequence").
     """
-    student, teacher = (batch.row_lengths(side, assignment)[dp_rank] for side in SIDES)
+    rows = {side: batch.row_lengths(side, assignment)[dp_rank] for side in batch.sides}
     return [
-        _microbatch(batch, numbers, rows, normalization, device)
-        for numbers, *rows in zip(assignment[dp_rank], student, teacher, strict=True)
+        _microbatch(batch, numbers, {side: rows[side][i] for side in batch.sides}, normalization, device)
+        for i, numbers in enumerate(assignment[dp_rank])
     ]
 
 
 def _microbatch(
-    batch: Batch, numbers: list[int], rows: list[int], normalization: Literal["token", "sequence"], device: torch.device
+    batch: Batch,
+    numbers: list[int],
+    rows: dict[Side, int],
+    normalization: Literal["token", "sequence"],
+    device: torch.device,
 ) -> Microbatch:
     samples, skip = [batch.samples[i] for i in numbers], batch.skip_first_tokens
     lengths = [batch.tokens(sample) for sample in samples]
     weights = [1.0 / n if normalization == "sequence" and n else 1.0 for n in lengths]
     repeats = torch.tensor(lengths)
+    sides = {
+        side: _sequences(batch, [sample.sequence(side) for sample in samples], lengths, row, device)
+        for side, row in rows.items()
+    }
+
+    def of_responses(values: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
+        parts = [part[skip : skip + n] for part, n in zip(values, lengths, strict=True)]
+        return torch.tensor([value for part in parts for value in part], dtype=dtype, device=device)
+
+    sampled = all(len(sample.rollout.logprobs) == len(sample.rollout.token_ids) for sample in samples)
     return Microbatch(
-        student=_sequences(batch, [sample.sequence("student") for sample in samples], lengths, rows[0], device),
-        teacher=_sequences(batch, [sample.sequence("teacher") for sample in samples], lengths, rows[1], device),
-        response_ids=_flatten([sample.rollout.token_ids[skip:] for sample in samples], torch.long, device),
-        rollout_logprobs=_flatten([sample.rollout.logprobs[skip:] for sample in samples], torch.float32, device),
+        student=sides["student"],
+        teacher=sides.get("teacher"),
+        response_ids=of_responses([sample.rollout.token_ids for sample in samples], torch.long),
+        rollout_logprobs=(
+            of_responses([sample.rollout.logprobs for sample in samples], torch.float32) if sampled else None
+        ),
+        advantages=torch.tensor([sample.advantage for sample in samples]).repeat_interleave(repeats).to(device),
         sequence=torch.tensor(numbers).repeat_interleave(repeats).to(device),
         token_weights=torch.tensor(weights).repeat_interleave(repeats).to(device),
         count=sum(lengths) if normalization == "token" else sum(n > 0 for n in lengths),
@@ -188,7 +228,3 @@ def _sequences(
         ]
         boundaries = None
     return Sequences(tokens.to(device), torch.cat(index).to(device), boundaries)
-
-
-def _flatten(rows: Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor([value for row in rows for value in row], dtype=dtype, device=device)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_opsd.config import DataConfig
+from megatron_opsd.config import DataConfig, Reads
 from megatron_opsd.data.grading import reference_answer
 from megatron_opsd.errors import UserError
 from megatron_opsd.types import Example
@@ -26,43 +26,42 @@ _TOKENIZE_AT_ONCE = 1024  # examples; bounds the memory that their token ids tak
 _PlacedRow = tuple[str, Mapping[str, Any]]
 
 
-def read_examples(config: DataConfig, tokenizer: "PreTrainedTokenizerBase", section: str = "data") -> list[Example]:
+def read_examples(
+    config: DataConfig, tokenizer: "PreTrainedTokenizerBase", section: str = "data", reads: Reads = "solution"
+) -> list[Example]:
     """Read the examples within the token limits, in the order of the data; log how many were dropped.
 
-    `section` is the configuration section that errors name. Raises `UserError` as `load_examples` and `drop_long` do.
+    `section` is the configuration section that errors name. Long solutions drop nothing where nobody is shown them.
+    Raises `UserError` as `load_examples` and `drop_long` do.
     """
-    examples = load_examples(config, section)
-    return drop_long(examples, tokenizer, config.max_problem_tokens, config.max_solution_tokens, section)[0]
+    examples = load_examples(config, section, reads)
+    max_solution_tokens = config.max_solution_tokens if reads == "solution" else sys.maxsize
+    return drop_long(examples, tokenizer, config.max_problem_tokens, max_solution_tokens, section)[0]
 
 
 def read_held_out(config: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> list[Example]:
-    """Read the problems of `evaluate.data`: each needs an answer, and a solution only to read the answer from.
-
-    Long solutions drop nothing here, for nobody is shown them.
-    """
-    section = "evaluate.data"
-    examples = load_examples(config, section, held_out=True)
-    return drop_long(examples, tokenizer, config.max_problem_tokens, sys.maxsize, section)[0]
+    """Read the problems of `evaluate.data`: each needs an answer, and a solution only to read the answer from."""
+    return read_examples(config, tokenizer, "evaluate.data", "answer")
 
 
-def load_examples(config: DataConfig, section: str = "data", held_out: bool = False) -> list[Example]:
+def load_examples(config: DataConfig, section: str = "data", reads: Reads = "solution") -> list[Example]:
     """Read all examples in the order of the data.
 
-    Raises `UserError` when the data cannot be read, a column is missing, or a row lacks its problem, or its solution
-    (with `held_out`: its answer).
+    Raises `UserError` when the data cannot be read, a column is missing, or a row lacks its problem or what `reads`
+    names.
     """
     examples: list[Example] = []
     faults: list[str] = []
     for index, (place, row) in enumerate(_rows(config, section)):
         if index == 0:
-            _check_columns(config, section, row, held_out)
-        texts = [config.problem_column] if held_out else [config.problem_column, config.solution_column]
+            _check_columns(config, section, row, reads)
+        texts = [config.problem_column, *([config.solution_column] if reads == "solution" else [])]
         empty = [column for column in texts if not _is_text(row.get(column))]
         if empty:
             faults.append(f"{place}: no text in column '{empty[0]}'")
             continue
         example = _example(config, index, row)
-        if held_out and example.answer is None:
+        if reads == "answer" and example.answer is None:
             faults.append(f"{place}: no answer in column '{config.answer_column or config.solution_column}'")
         else:
             examples.append(example)
@@ -74,12 +73,12 @@ def load_examples(config: DataConfig, section: str = "data", held_out: bool = Fa
     return examples
 
 
-def check_data(config: DataConfig, section: str = "data", held_out: bool = False) -> None:
+def check_data(config: DataConfig, section: str = "data", reads: Reads = "solution") -> None:
     """Raise `UserError` unless the data opens and its first row has the columns. Reads no further than that row."""
     first = next(_rows(config, section, preview=True), None)
     if first is None:
         raise UserError(f"{section}.path = '{config.path}': no rows, give data with at least one example")
-    _check_columns(config, section, first[1], held_out)
+    _check_columns(config, section, first[1], reads)
 
 
 @dataclass(frozen=True)
@@ -137,9 +136,9 @@ def _example(config: DataConfig, index: int, row: Mapping[str, Any]) -> Example:
     return Example(index, problem, solution, reference_answer(answer) or answer or None)
 
 
-def _check_columns(config: DataConfig, section: str, row: Mapping[str, Any], held_out: bool) -> None:
+def _check_columns(config: DataConfig, section: str, row: Mapping[str, Any], reads: Reads) -> None:
     columns = {"problem_column": config.problem_column, "answer_column": config.answer_column}
-    if not held_out or config.answer_column is None:
+    if reads == "solution" or (reads == "answer" and config.answer_column is None):
         columns["solution_column"] = config.solution_column
     for field, column in columns.items():
         if column is not None and column not in row:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from megatron_opsd.config import STUDENT_TEMPLATE, TEACHER_TEMPLATE, Config
+from megatron_opsd.config import ANSWER_TEMPLATE, STUDENT_TEMPLATE, TEACHER_TEMPLATE, Config
 from megatron_opsd.errors import UserError
 from megatron_opsd.types import Example
 
@@ -21,24 +21,25 @@ if TYPE_CHECKING:
 # A problem may tokenize a little longer inside its prompt than alone.
 SEAM_TOKENS = 16
 
-_PLACEHOLDER = re.compile(r"\{(problem|solution)\}")
+_PLACEHOLDER = re.compile(r"\{(problem|solution|answer)\}")
 
 
-def check_templates(student_template: str, teacher_template: str, section: str = "prompts") -> None:
-    """Raise `UserError` unless the student's template shows the problem alone and the teacher's shows both parts."""
+def check_templates(student: str, teacher: str, answer: str, section: str = "prompts") -> None:
+    """Raise `UserError` unless the student's template shows the problem alone and the teacher's what they must."""
     for field, template, wanted in (
-        ("student_template", student_template, {"problem"}),
-        ("teacher_template", teacher_template, {"problem", "solution"}),
+        ("student_template", student, {"problem"}),
+        ("teacher_template", teacher, {"problem", "solution"}),
+        ("answer_template", answer, {"problem", "answer"}),
     ):
         found = set(_PLACEHOLDER.findall(template))
         for name in sorted(wanted - found):
             raise UserError(f"{section}.{field} has no {{{name}}}: put {{{name}}} where the {name} belongs")
         for name in sorted(found - wanted):
-            raise UserError(f"{section}.{field} contains {{{name}}}: the student must not see it, take it out")
+            raise UserError(f"{section}.{field} contains {{{name}}}: it must not be seen here, take it out")
 
 
 def fill(template: str, values: Mapping[str, str]) -> str:
-    r"""Put values in place of `{problem}` and `{solution}`; every other brace, as in `\boxed{}`, stays as it is.
+    r"""Put values in place of `{problem}`, `{solution}` and `{answer}`; other braces, as in `\boxed{}`, stay.
 
     One pass: a problem whose own text contains `{solution}` is not expanded again.
     """
@@ -59,12 +60,13 @@ class PromptBuilder:
     tokenizer: "PreTrainedTokenizerBase"
     student_template: str = STUDENT_TEMPLATE
     teacher_template: str = TEACHER_TEMPLATE
+    answer_template: str = ANSWER_TEMPLATE
     student_thinking: bool = False
     teacher_thinking: bool = True
     teacher_prefix: str = ""
 
     def __post_init__(self) -> None:
-        check_templates(self.student_template, self.teacher_template)
+        check_templates(self.student_template, self.teacher_template, self.answer_template)
         if not self.tokenizer.chat_template:
             raise UserError(
                 f"tokenizer of {self.tokenizer.name_or_path or 'the model'} has no chat template: "
@@ -77,8 +79,19 @@ class PromptBuilder:
 
     def teacher(self, example: Example) -> list[int]:
         """Ids of the prompt that shows the reference solution too, with `teacher_prefix` at its end."""
-        text = fill(self.teacher_template, {"problem": example.problem, "solution": example.solution})
-        return self._render(text, self.teacher_thinking) + self._encode(self.teacher_prefix)
+        return self._teacher(self.teacher_template, {"problem": example.problem, "solution": example.solution})
+
+    def teacher_with_answer(self, example: Example) -> list[int]:
+        """The same with the final answer in place of the solution."""
+        assert example.answer is not None
+        return self._teacher(self.answer_template, {"problem": example.problem, "answer": example.answer})
+
+    def solution(self, example: Example) -> list[int]:
+        """Ids of the reference solution as a response, the end of the turn included."""
+        return self._encode(example.solution + str(self.tokenizer.eos_token))
+
+    def _teacher(self, template: str, values: Mapping[str, str]) -> list[int]:
+        return self._render(fill(template, values), self.teacher_thinking) + self._encode(self.teacher_prefix)
 
     def _render(self, text: str, thinking: bool) -> list[int]:
         turn = self.tokenizer.apply_chat_template(
@@ -107,6 +120,7 @@ def build_prompts(config: Config) -> PromptBuilder:
         tokenizer,
         student_template=config.prompts.student_template,
         teacher_template=config.prompts.teacher_template,
+        answer_template=config.prompts.answer_template,
         student_thinking=config.prompts.student_thinking,
         teacher_thinking=config.prompts.teacher_thinking,
         teacher_prefix=config.prompts.teacher_prefix,

@@ -11,12 +11,12 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_opsd.config import Config, ObjectiveConfig
+from megatron_opsd.config import Config
 from megatron_opsd.data.batch import Microbatch
 from megatron_opsd.model.gpt import HiddenStateGPT, forward
 from megatron_opsd.model.parallel import Layout
-from megatron_opsd.objective import Divergence, linear_divergence
-from megatron_opsd.objective.types import DivergenceOutput
+from megatron_opsd.objective import TokenLoss, Tokens, linear_loss
+from megatron_opsd.objective.types import DivergenceOutput, PolicyOutput
 
 
 @dataclass(frozen=True)
@@ -35,25 +35,26 @@ class LossSums:
         return means | {"loss": self.sums["loss"] / max(1.0, self.count)}
 
 
-def measure_loss(loss: Tensor, out: DivergenceOutput, microbatch: Microbatch) -> dict[str, Tensor]:
+def measure_loss(loss: Tensor, out: DivergenceOutput | PolicyOutput, microbatch: Microbatch) -> dict[str, Tensor]:
     """Sums of one micro-batch over its tokens, and the token on which training and rollout differ most."""
     assert out.student_logprobs is not None
-    assert out.teacher_logprobs is not None
-    gap = (out.student_logprobs - microbatch.rollout_logprobs).abs()  # [n]
-    per_token = {
-        "divergence": out.unclipped,
-        "clip_fraction": out.clip_count > 0,
-        "logprob_student": out.student_logprobs,
-        "logprob_teacher": out.teacher_logprobs,
-        "agreement": out.agree,
-        "entropy_student": out.entropy_student,
-        "entropy_teacher": out.entropy_teacher,
-        "refit_logprob_gap": gap,
-    }
+    per_token = {"logprob_student": out.student_logprobs, "entropy_student": out.entropy_student}
+    gap = out.student_logprobs[:0]  # [n], or nothing where no engine wrote the tokens
+    if microbatch.rollout_logprobs is not None:
+        per_token["refit_logprob_gap"] = gap = (out.student_logprobs - microbatch.rollout_logprobs).abs()
+    if isinstance(out, DivergenceOutput):
+        assert out.teacher_logprobs is not None
+        per_token |= {
+            "divergence": out.unclipped,
+            "clip_fraction": out.clip_count > 0,
+            "logprob_teacher": out.teacher_logprobs,
+            "agreement": out.agree,
+            "entropy_teacher": out.entropy_teacher,
+        }
     return {
         "loss": loss.detach().double(),
         **{name: values.sum(dtype=torch.float64) for name, values in per_token.items()},
-        "tokens": torch.tensor(gap.numel()),
+        "tokens": torch.tensor(out.student_logprobs.numel()),
         "count": torch.tensor(microbatch.count),
         "worst_gap": gap.max() if gap.numel() else torch.tensor(-1.0),
         "worst_sequence": microbatch.sequence[gap.argmax()] if gap.numel() else torch.tensor(-1),
@@ -83,9 +84,10 @@ def reduce_loss(reports: Sequence[dict[str, Tensor]], layout: Layout) -> LossSum
 class Student:
     """Owns the model's gradients: forward and backward over a step's micro-batches, nothing else."""
 
-    def __init__(self, model: HiddenStateGPT, layout: Layout, config: Config, vocab_size: int) -> None:
-        self.model, self.layout, self.vocab_size = model, layout, vocab_size
-        self.divergence = build_divergence(config.objective)
+    def __init__(
+        self, model: HiddenStateGPT, layout: Layout, config: Config, vocab_size: int, token_loss: TokenLoss
+    ) -> None:
+        self.model, self.layout, self.vocab_size, self.token_loss = model, layout, vocab_size, token_loss
         self.chunk_size = config.objective.chunk_size
         self.ddp = DistributedDataParallel(
             model.config,
@@ -103,10 +105,10 @@ class Student:
     def forward_backward(
         self, microbatches: Sequence[Microbatch], teacher_head: Tensor | None, teacher_hidden: Sequence[Tensor]
     ) -> LossSums:
-        """Gradients of the global batch's mean divergence, summed over ranks and divided once, into ``main_grad``.
+        """Gradients of the global batch's mean loss, summed over ranks and divided once, into ``main_grad``.
 
         teacher_head, teacher_hidden: the teacher's LM head [v/tp, h] and its hidden states of each micro-batch [n, h];
-        None and empty but on the last stage.
+        None and empty without a teacher, and on other stages than the last.
         Returns the loss and its diagnostics over the global batch, on every rank.
         """
         self.ddp.zero_grad_buffer()
@@ -125,40 +127,36 @@ class Student:
         return reduce_loss(reports, self.layout)
 
     def _forward_step(
-        self, teacher_head: Tensor | None, work: Iterator[tuple[Microbatch, Tensor]], model: DistributedDataParallel
+        self,
+        teacher_head: Tensor | None,
+        work: Iterator[tuple[Microbatch, Tensor | None]],
+        model: DistributedDataParallel,
     ) -> tuple[Tensor, partial]:
         microbatch, teacher_hidden = next(work)
         return forward(model, microbatch.student), partial(self._loss, microbatch, teacher_hidden, teacher_head)
 
     def _loss(
-        self, microbatch: Microbatch, teacher_hidden: Tensor, teacher_head: Tensor | None, hidden: Tensor
+        self, microbatch: Microbatch, teacher_hidden: Tensor | None, teacher_head: Tensor | None, hidden: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Sum of the weighted divergences, the count Megatron divides by, and what is logged."""
-        assert teacher_head is not None
+        """Sum of the weighted losses, the count Megatron divides by, and what is logged."""
         whole = self.model.head_input(hidden)  # [s, b, h]
-        loss, out = linear_divergence(
+        tokens = Tokens(
+            microbatch.token_weights, microbatch.response_ids, microbatch.advantages, microbatch.rollout_logprobs
+        )
+        teacher = None
+        if self.token_loss.needs_teacher:
+            assert teacher_hidden is not None
+            assert teacher_head is not None
+            teacher = teacher_hidden, teacher_head
+        loss, out = linear_loss(
+            self.token_loss,
             whole.flatten(0, 1)[microbatch.student.index],  # [n, h]
             self.model.head_weight(),
-            teacher_hidden,
-            teacher_head,
-            microbatch.token_weights,
-            self.divergence,
+            tokens,
+            teacher,
             vocab_size=self.vocab_size,
             tp_group=self.layout.tp_group,
-            token_ids=microbatch.response_ids,
             chunk_size=self.chunk_size,
         )
         count = torch.tensor(microbatch.count, dtype=torch.int, device=loss.device)
         return loss, count, measure_loss(loss, out, microbatch)
-
-
-def build_divergence(config: ObjectiveConfig) -> Divergence:
-    """The objective as configured."""
-    clipped = config.clip_mode != "none"
-    return Divergence(
-        kind=config.kind,
-        beta=config.beta,
-        temperature=config.temperature,
-        clip=config.clip if clipped else None,
-        clip_mode=config.clip_mode if clipped else "entry",  # type: ignore[arg-type]
-    )

@@ -1,9 +1,16 @@
-"""The frozen replica of the student, with the same layout on the same ranks. It sees the reference solution."""
+"""The teachers: the student's architecture, the same layout on the same ranks. They see what the student does not.
+
+============  ==================================================================================
+``frozen``    the model the run starts from
+``live``      the student itself: no second copy, the newest weights
+``ema``       an exponential moving average of the student
+============  ==================================================================================
+"""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -14,22 +21,55 @@ from megatron_opsd.model.gpt import HiddenStateGPT, forward
 from megatron_opsd.weights.export import Exporter
 
 
-class Teacher:
+class Teacher(Protocol):
     """Scores the student's responses in a pipeline pass of its own and keeps hidden states only, never logits."""
 
-    def __init__(self, model: HiddenStateGPT, placement: Literal["resident", "offload"]) -> None:
-        self.model = model.eval().requires_grad_(False)
-        self._offloaded: dict[str, Tensor] = {}
-        self._device = next(model.parameters()).device
-        self._placement = placement
+    model: HiddenStateGPT
 
-    @torch.no_grad()
     def score(self, microbatches: Sequence[Microbatch]) -> list[Tensor]:
         """Final hidden states [n, h] at the positions that predict each micro-batch's response tokens.
 
         On the last pipeline stage a list as long as ``microbatches``; elsewhere an empty one.
         """
-        b, length = microbatches[0].teacher.tokens.shape  # for a pipeline, in which they all have one shape
+        ...
+
+    def head_weight(self) -> Tensor | None:
+        """This rank's rows of the LM head [v/tp, h]; None but on the last stage."""
+        ...
+
+    def after_update(self, student: HiddenStateGPT) -> None:
+        """The student's weights have changed."""
+        ...
+
+    def average(self) -> HiddenStateGPT | None:
+        """The weights, in float32, that a checkpoint must hold to make this teacher again; None for none."""
+        ...
+
+    def publish(self) -> None:
+        """Score with what ``average`` holds from now on."""
+        ...
+
+    def offload(self) -> None:
+        """Give the device's memory back, but for the LM head, which the student's pass needs."""
+        ...
+
+    def load(self) -> None:
+        """Take it again."""
+        ...
+
+
+class _Scorer:
+    """What all teachers share."""
+
+    def __init__(self, model: HiddenStateGPT) -> None:
+        self.model = model
+
+    @torch.no_grad()
+    def score(self, microbatches: Sequence[Microbatch]) -> list[Tensor]:
+        sequences = microbatches[0].teacher
+        assert sequences is not None
+        self.model.eval()
+        b, length = sequences.tokens.shape  # for a pipeline, in which they all have one shape
         return get_forward_backward_func()(
             forward_step_func=self._forward_step,
             data_iterator=iter(microbatches),
@@ -41,16 +81,43 @@ class Teacher:
         )
 
     def _forward_step(self, work: Iterator[Microbatch], model: HiddenStateGPT) -> tuple[Tensor, partial]:
-        microbatch = next(work)
-        return forward(model, microbatch.teacher), partial(self._select, microbatch)
+        sequences = next(work).teacher
+        assert sequences is not None
+        return forward(model, sequences), partial(self._select, sequences.index)
 
-    def _select(self, microbatch: Microbatch, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        selected = self.model.head_input(hidden).flatten(0, 1)[microbatch.teacher.index]  # [n, h]
+    def _select(self, index: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        selected = self.model.head_input(hidden).flatten(0, 1)[index]  # [n, h]
         return hidden.new_zeros(()), torch.zeros((), dtype=torch.int, device=hidden.device), selected
 
     def head_weight(self) -> Tensor | None:
-        """This rank's rows of the LM head [v/tp, h]; None but on the last stage."""
         return self.model.head_weight() if self.model.post_process else None
+
+    def after_update(self, student: HiddenStateGPT) -> None: ...
+
+    def average(self) -> HiddenStateGPT | None: ...
+
+    def publish(self) -> None: ...
+
+    def offload(self) -> None: ...
+
+    def load(self) -> None: ...
+
+
+class LiveTeacher(_Scorer):
+    """The student itself. A step's scores are taken before its update, so both sides have the same weights."""
+
+
+class FrozenTeacher(_Scorer):
+    """A replica of the model that the run starts from.
+
+    placement: "offload" keeps the weights in pinned host memory while it does not score (on a GPU).
+    """
+
+    def __init__(self, model: HiddenStateGPT, placement: Literal["resident", "offload"]) -> None:
+        super().__init__(model.eval().requires_grad_(False))
+        self._device = next(model.parameters()).device
+        self._offloads = placement == "offload" and self._device.type != "cpu"
+        self._host: dict[str, Tensor] = {}
 
     def identity(self, exporter: Exporter) -> str:
         """Hash of the weights, the same for every layout."""
@@ -58,20 +125,65 @@ class Teacher:
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def offload(self) -> None:
-        """Move the weights to pinned host memory (teacher.placement = "offload" on a GPU).
-
-        The LM head stays, for the student's pass needs it. The host's copy is made once: the weights never change.
-        """
-        if self._placement == "resident" or self._device.type == "cpu":
+        """The host's copy is made once; what changes the weights later changes it in place."""
+        if not self._offloads:
             return
         for name, parameter in self.model.named_parameters():
             if parameter is self.head_weight():
                 continue
-            if name not in self._offloaded:
-                self._offloaded[name] = parameter.data.cpu().pin_memory()
-            parameter.data = self._offloaded[name]
+            if name not in self._host:
+                self._host[name] = parameter.data.cpu().pin_memory()
+            parameter.data = self._host[name]
 
     def load(self) -> None:
-        """Move them back."""
-        for name, weight in self._offloaded.items():
+        for name, weight in self._host.items():
             self.model.get_parameter(name).data = weight.to(self._device, non_blocking=True)
+
+
+class EmaTeacher(FrozenTeacher):
+    """θ_T <- decay θ_T + (1 - decay) θ_S after each update, in float32: in bfloat16 it would stand still.
+
+    The float32 average is a model of its own, never run, where the weights are bfloat16; it stays in host memory where
+    the teacher is offloaded. ``build_average`` makes a model like the teacher's in float32.
+    """
+
+    def __init__(
+        self,
+        model: HiddenStateGPT,
+        placement: Literal["resident", "offload"],
+        decay: float,
+        build_average: Callable[[], HiddenStateGPT],
+    ) -> None:
+        super().__init__(model, placement)
+        self._decay = decay
+        self._average = model
+        if model.config.params_dtype != torch.float32:
+            self._average = build_average().requires_grad_(False)
+            self._copy(model, self._average)
+            if self._offloads:
+                self._average.cpu()
+
+    @torch.no_grad()
+    def after_update(self, student: HiddenStateGPT) -> None:
+        """Call while the teacher is offloaded, where it is at all."""
+        for average, weight in _pairs(self._average, student):
+            average.lerp_(weight.to(average), 1 - self._decay)
+        self.publish()
+
+    def average(self) -> HiddenStateGPT | None:
+        return self._average
+
+    def publish(self) -> None:
+        if self._average is not self.model:
+            self._copy(self._average, self.model)
+
+    @torch.no_grad()
+    def _copy(self, source: HiddenStateGPT, target: HiddenStateGPT) -> None:
+        for to, weight in _pairs(target, source):
+            to.copy_(weight)
+
+
+def _pairs(one: HiddenStateGPT, other: HiddenStateGPT) -> Iterator[tuple[Tensor, Tensor]]:
+    parameters: dict[str, Any] = dict(other.named_parameters())
+    for name, parameter in one.named_parameters():
+        yield parameter.data, parameters[name].data

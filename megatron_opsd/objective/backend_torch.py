@@ -4,13 +4,16 @@ A pass works on a tile of logits at a time, so that only a tile's temporaries ex
 """
 
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from megatron_opsd.objective.entries import clip_dlogp, clip_entries, entry_forms
-from megatron_opsd.objective.spec import Divergence
+from megatron_opsd.objective.clips import TokenLevel
 from megatron_opsd.objective.types import EntrySums, LocalSums, Logits, Normalizers, SavedForBackward
+
+if TYPE_CHECKING:
+    from megatron_opsd.objective.divergence import Divergence
 
 # A CPU keeps the dozen temporaries of a tile this large in its cache.
 ENTRIES_AT_ONCE = 2**17
@@ -41,35 +44,38 @@ def normalizer_sums(logits: Logits, temperatures: tuple[float, ...]) -> LocalSum
     return LocalSums(maxima, top_ids, torch.stack(totals).view(len(temperatures), 2, n), difference)
 
 
-def entry_sums(logits: Logits, normalizers: Normalizers, spec: Divergence) -> EntrySums:
+def entry_sums(logits: Logits, normalizers: Normalizers, loss: "Divergence") -> EntrySums:
     """Second pass: this rank's sums over entries."""
-    by_entry = spec.clip is not None and spec.clip_mode != "token"
+    clip = loss.clipping
 
     def sums(rows: slice, tile: Logits) -> list[Tensor]:
-        p, q, d, *centered = _probabilities(tile, normalizers, rows, spec.temperature)
+        p, q, d, *centered = _probabilities(tile, normalizers, rows, loss.temperature)
         # Minus infinity times a probability of zero counts as zero.
         lowest = torch.finfo(p.dtype).min
         means = [
             side.clamp_(min=lowest).mul_(probability).sum(-1)
             for side, probability in zip(centered, (p, q), strict=True)
         ]
-        forms = entry_forms(p, q, d, spec)
+        forms = loss.entry.forms(p, q, d)
         assert forms.value is not None
         unclipped = forms.value.sum(-1)
-        if not by_entry:
+        if isinstance(clip, TokenLevel):
             return [unclipped, unclipped, forms.dlogp.sum(-1), torch.zeros_like(unclipped), *means]
-        return [unclipped, *(part.sum(-1) for part in clip_entries(forms, spec)), *means]
+        return [unclipped, *(part.sum(-1) for part in clip.entries(forms)), *means]
 
     return EntrySums(*_per_token(logits, sums))
 
 
-def write_gradient(logits: Logits, saved: SavedForBackward, scale: Tensor, spec: Divergence, out: Tensor) -> None:
+def write_gradient(logits: Logits, saved: SavedForBackward, scale: Tensor, loss: "Divergence", out: Tensor) -> None:
     """Third pass: scale (g - p G) into ``out`` [n, width], which may be the student's logits; 0 where scale [n] is."""
+    clip = loss.clipping
+    needs_raw, needs_value = (False, False) if isinstance(clip, TokenLevel) else clip.dlogp_needs
     dead = scale == 0
     any_dead = not dead.is_cpu or bool(dead.any())  # asking a GPU would wait for it
     for rows, columns, tile in _tiles(logits):
-        p, q, d, *_ = _probabilities(tile, saved.normalizers, rows, spec.temperature)
-        dlogp = clip_dlogp(entry_forms(p, q, d, spec, gradient_only=True), spec)
+        p, q, d, *_ = _probabilities(tile, saved.normalizers, rows, loss.temperature)
+        forms = loss.entry.forms(p, q, d, needs_raw, needs_value)
+        dlogp = forms.dlogp if isinstance(clip, TokenLevel) else clip.dlogp(forms)
         gradient = torch.addcmul(dlogp, p, saved.dlogp_sum[rows, None], value=-1)
         torch.mul(gradient, scale[rows, None], out=out[rows, columns])
         if any_dead:

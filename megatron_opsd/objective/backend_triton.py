@@ -13,16 +13,20 @@ Selection is cheap here, so ``tl.where`` joins the ranges; a NaN in the one not 
 
 from functools import cache
 from math import cos, log, pi
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_opsd.objective.entries import FARTHEST, jsd_coefficients, kl_coefficients
-from megatron_opsd.objective.spec import Divergence
+from megatron_opsd.objective.kinds import FARTHEST, jsd_coefficients, kl_coefficients
 from megatron_opsd.objective.types import EntrySums, LocalSums, Logits, Normalizers, SavedForBackward
+
+if TYPE_CHECKING:
+    from megatron_opsd.objective.divergence import Divergence
+
+KINDS = ("forward_kl", "reverse_kl", "jsd")  # that the kernels know
 
 # A tile is LANES lines of 8 entries of each side (8 of bf16 are one 16-byte load), two lines a thread.
 LANES = 256
@@ -49,19 +53,19 @@ def normalizer_sums(logits: Logits, temperatures: tuple[float, ...]) -> LocalSum
     return LocalSums(maxima, top_ids, torch.stack([sums, second_sums] if second else [sums]), difference)
 
 
-def entry_sums(logits: Logits, normalizers: Normalizers, spec: Divergence) -> EntrySums:
+def entry_sums(logits: Logits, normalizers: Normalizers, loss: "Divergence") -> EntrySums:
     """Second pass: this rank's sums over entries."""
     n = len(logits.student)
     sums = torch.empty(6, n, dtype=logits.dtype, device=logits.student.device)
-    _launch(_entry_kernel, logits, *_per_row(normalizers), sums, n, **_constants(spec, logits.dtype))
+    _launch(_entry_kernel, logits, *_per_row(normalizers), sums, n, **_constants(loss, logits.dtype))
     return EntrySums(*sums)
 
 
-def write_gradient(logits: Logits, saved: SavedForBackward, scale: Tensor, spec: Divergence, out: Tensor) -> None:
+def write_gradient(logits: Logits, saved: SavedForBackward, scale: Tensor, loss: "Divergence", out: Tensor) -> None:
     """Third pass: scale (g - p G) into ``out`` [n, width], which may be the student's logits; 0 where scale [n] is."""
     per_row = *_per_row(saved.normalizers), saved.dlogp_sum.contiguous(), scale.contiguous()
     n = len(logits.student)
-    _launch(_gradient_kernel, logits, *per_row, out, *out.stride(), n, **_constants(spec, logits.dtype))
+    _launch(_gradient_kernel, logits, *per_row, out, *out.stride(), n, **_constants(loss, logits.dtype))
 
 
 def _launch(kernel: Any, logits: Logits, *arguments: Any, **constants: Any) -> None:
@@ -80,17 +84,17 @@ def _per_row(normalizers: Normalizers) -> list[Tensor]:
     return [maxima.contiguous(), sums.reciprocal().contiguous(), log_ratio.contiguous()]
 
 
-def _constants(spec: Divergence, dtype: torch.dtype) -> dict[str, Any]:
-    """What the kernels know of ``spec``, and their polynomials, when they are compiled."""
+def _constants(loss: "Divergence", dtype: torch.dtype) -> dict[str, Any]:
+    """What the kernels know of ``loss``, and their polynomials, when they are compiled."""
     precise = dtype is torch.float64
-    by_entry = spec.clip is not None and spec.clip_mode != "token"
-    series = jsd_coefficients(spec.beta, 40) if spec.kind == "jsd" else None
+    by_entry = loss.clip is not None and loss.clip_mode != "token"
+    series = jsd_coefficients(loss.beta, 40) if loss.kind == "jsd" else None
     return {
-        "KIND": spec.kind,
-        "BETA": spec.beta,
-        "TEMPERATURE": spec.temperature,
-        "CLIP": spec.clip,
-        "CLIP_MODE": spec.clip_mode if by_entry else "none",
+        "KIND": loss.kind,
+        "BETA": loss.beta,
+        "TEMPERATURE": loss.temperature,
+        "CLIP": loss.clip,
+        "CLIP_MODE": loss.clip_mode if by_entry else "none",
         "KL": _polynomial(kl_coefficients(20), SERIES_BELOW.value, 12 if precise else 6),
         "JSD": series and _polynomial(series, SERIES_BELOW.value, 14 if precise else 7),
         "LOG1P": _polynomial(tuple((-1) ** (k + 1) / k for k in range(2, 60)), 1 / 3, 9),
@@ -135,7 +139,7 @@ def _normalizer_kernel(
         if (behind_s < 0) | (behind_t < 0):  # in few tiles: in random order, about log(tiles)
             scale_s = _exp(behind_s, TEMPERATURE)
             scale_t = _exp(behind_t, TEMPERATURE)
-            # As in reduction._rescaled_difference: the sums' difference keeps its own precision.
+            # As in divergence._rescaled_difference: the sums' difference keeps its own precision.
             apart = (behind_t - behind_s) * (1 / TEMPERATURE)
             gap = tl.where(tl.abs(apart) < 1, scale_s * _expm1(apart, TERMS), scale_t - scale_s)
             difference = difference * scale_t + sum_s * gap

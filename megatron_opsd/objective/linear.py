@@ -1,4 +1,4 @@
-"""The divergence from hidden states and the two LM heads, some tokens at a time: whole logits never exist."""
+"""A token loss from hidden states and LM heads, some tokens at a time: whole logits never exist."""
 
 from typing import Any
 
@@ -7,10 +7,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_opsd.objective.reduction import VocabShard, measure, write_gradient
-from megatron_opsd.objective.spec import Divergence
-from megatron_opsd.objective.types import DivergenceOutput, Logits
+from megatron_opsd.objective.divergence import Divergence
+from megatron_opsd.objective.types import DivergenceOutput, TokenLoss, Tokens
 from megatron_opsd.objective.vocab_parallel import check_per_token
+from megatron_opsd.objective.vocab_shard import VocabShard
+
+Side = tuple[Tensor, Tensor]  # final hidden states [n, h] and this rank's rows of the LM head [v/tp, h]
 
 
 def linear_divergence(
@@ -26,89 +28,112 @@ def linear_divergence(
     token_ids: Tensor | None = None,
     chunk_size: int = 2048,
 ) -> tuple[Tensor, DivergenceOutput]:
-    """Σ token_weights · divergence, from final hidden states and LM heads spread over ``tp_group``.
+    """Σ token_weights · divergence: ``linear_loss`` of a ``Divergence``, whose values are those of
+    ``vocab_parallel_divergence``.
 
-    student_hidden, teacher_hidden  [n, h], whole on every rank (under sequence parallel: gathered)
-    student_weight, teacher_weight  [v/tp, h], this rank's rows; may be one tensor
-    vocab_size                      ids from here on are padding: their rows are never read, their gradient is zero
-    token_weights                   [n], held constant; a token of weight zero adds nothing, whatever its divergence
-    token_ids                       [n] global ids of the sampled tokens, to have their log-probs too
-    chunk_size                      tokens whose logits exist at once
+    teacher_hidden, teacher_weight  as the student's, [n, h] and [v/tp, h]; the weight may be the student's
+    token_weights, token_ids        [n], see ``Tokens``; with token_ids the log-probs of these tokens are returned too
 
-    Returns the scalar loss and the per-token values of ``vocab_parallel_divergence``, here all detached. Gradients, to
+    Three all-reduces a chunk forward, none backward.
+    """
+    tokens = Tokens(token_weights, token_ids)
+    return linear_loss(
+        spec, student_hidden, student_weight, tokens, (teacher_hidden, teacher_weight),
+        vocab_size=vocab_size, tp_group=tp_group, chunk_size=chunk_size,
+    )  # fmt: skip
+
+
+def linear_loss(
+    token_loss: TokenLoss,
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    tokens: Tokens,
+    teacher: Side | None,
+    *,
+    vocab_size: int,
+    tp_group: dist.ProcessGroup | None,
+    chunk_size: int = 2048,
+) -> tuple[Tensor, Any]:
+    """Σ tokens.weights · loss, from final hidden states and LM heads spread over ``tp_group``.
+
+    student_hidden  [n, h], whole on every rank (under sequence parallel: gathered)
+    student_weight  [v/tp, h], this rank's rows
+    teacher         the same of the teacher; None where ``token_loss`` needs none. The weights may be one tensor.
+    vocab_size      ids from here on are padding: their rows are never read, their gradient is zero
+    chunk_size      tokens whose logits exist at once
+
+    Returns the scalar loss and the values per token that ``token_loss`` measures, all detached. Gradients, to
     ``student_hidden`` and ``student_weight`` only, are made in forward beside the logits and wait for the incoming
     gradient: the head's in float32 (float64), the hidden states' in their dtype. **The hidden states' gradient is this
     rank's part**: the caller's Megatron region sums it over ranks, once. Without grad mode none is made.
 
     A head with Megatron's ``grad_added_to_main_grad`` receives its gradient in ``main_grad``, like Megatron's own
-    linear layers do. Three all-reduces a chunk forward, none backward. bf16 and fp16 products are made in that dtype
-    and everything after them in float32; where the device can (CUDA), the products come out in float32 as well.
+    linear layers do. bf16 and fp16 products are made in that dtype and everything after them in float32; where the
+    device can (CUDA), the products come out in float32 as well.
 
     Raises ValueError for shapes that do not fit together or a vocabulary that does not fit its shards.
     """
     n = student_hidden.shape[0]
-    if student_hidden.dim() != 2 or teacher_hidden.dim() != 2 or teacher_hidden.shape[0] != n:
-        raise ValueError(
-            f"hidden states must both be [n, h], not {tuple(student_hidden.shape)} and {tuple(teacher_hidden.shape)}"
-        )
-    if student_weight.shape[0] != teacher_weight.shape[0]:
-        raise ValueError(f"heads differ in rows: {student_weight.shape[0]} and {teacher_weight.shape[0]}")
+    hidden = [student_hidden] + ([] if teacher is None else [teacher[0]])
+    if any(side.dim() != 2 or side.shape[0] != n for side in hidden):
+        raise ValueError(f"hidden states must all be [n, h], not {' and '.join(str(tuple(x.shape)) for x in hidden)}")
+    if teacher is not None and student_weight.shape[0] != teacher[1].shape[0]:
+        raise ValueError(f"heads differ in rows: {student_weight.shape[0]} and {teacher[1].shape[0]}")
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
-    check_per_token("token_weights", token_weights, n)
-    check_per_token("token_ids", token_ids, n)
+    for name, values in tokens._asdict().items():
+        check_per_token(f"token_{name}", values, n)
     shard = VocabShard.of(student_weight.shape[0], vocab_size, tp_group)
     wanted = tuple(torch.is_grad_enabled() and tensor.requires_grad for tensor in (student_hidden, student_weight))
-    loss, *values = _LinearDivergence.apply(
-        student_hidden, student_weight, teacher_hidden, teacher_weight, token_weights, token_ids,
-        spec, vocab_size, shard, chunk_size, wanted,
-    )  # fmt: skip
-    return loss, DivergenceOutput(*values)
+    kinds: list[type] = []  # of the values: autograd hands on plain tuples
+    loss, *values = _LinearLoss.apply(
+        student_hidden, student_weight, teacher, token_loss, tokens, vocab_size, shard, chunk_size, wanted, kinds
+    )
+    return loss, kinds[0](*values)
 
 
-class _LinearDivergence(torch.autograd.Function):
+class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         student_hidden: Tensor,
         student_weight: Tensor,
-        teacher_hidden: Tensor,
-        teacher_weight: Tensor,
-        token_weights: Tensor,
-        token_ids: Tensor | None,
-        spec: Divergence,
+        teacher: Side | None,
+        token_loss: TokenLoss,
+        tokens: Tokens,
         vocab_size: int,
         shard: VocabShard,
         chunk_size: int,
         wanted: tuple[bool, bool],
+        kinds: list[type],
     ) -> tuple[Tensor | None, ...]:
-        head = student_weight[: shard.width], teacher_weight[: shard.width]
+        head = student_weight[: shard.width]
         gradients = _Gradients(student_hidden, student_weight, wanted)
         outputs = []
         for start in range(0, max(1, len(student_hidden)), chunk_size):
             rows = slice(start, start + chunk_size)
-            student, teacher = student_hidden[rows], teacher_hidden[rows]
-            logits = Logits(_matmul(student, head[0].t()), _matmul(teacher, head[1].t()))
-            ids = None if token_ids is None else token_ids[rows]
-            output, saved = measure(logits, spec, shard, vocab_size, ids)
+            hidden, chunk = student_hidden[rows], tokens.chunk(rows)
+            logits = _matmul(hidden, head.t())
+            teacher_logits = None if teacher is None else _matmul(teacher[0][rows], teacher[1][: shard.width].t())
+            output, saved = token_loss.measure(logits, teacher_logits, chunk, shard, vocab_size)
             outputs.append(output)
             if any(wanted):
-                same = logits.student.dtype == student.dtype
-                gradient = logits.student if same else torch.empty_like(logits.student, dtype=student.dtype)
-                write_gradient(logits, saved, token_weights[rows], spec, gradient)
-                gradients.add(start, gradient, student, head[0])
+                gradient = logits if logits.dtype == hidden.dtype else torch.empty_like(logits, dtype=hidden.dtype)
+                token_loss.write_gradient(logits, teacher_logits, saved, chunk.weights, gradient)
+                gradients.add(start, gradient, hidden, head)
                 del gradient
-            del logits  # before the next chunk's are made
+            del logits, teacher_logits  # before the next chunk's are made
+        kinds.append(type(outputs[0]))
         values: list[Any] = [None if v[0] is None else torch.cat(v) for v in zip(*outputs, strict=True)]
         ctx.gradients = gradients
         ctx.mark_non_differentiable(*(value for value in values if value is not None))
-        loss = torch.where(token_weights == 0, 0, token_weights * values[0]).sum(dtype=values[0].dtype)
+        loss = torch.where(tokens.weights == 0, 0, tokens.weights * values[0]).sum(dtype=values[0].dtype)
         return loss, *values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return *ctx.gradients.scaled(grads[0]), *[None] * 9
+        return *ctx.gradients.scaled(grads[0]), *[None] * 8
 
 
 class _Gradients:
@@ -134,7 +159,7 @@ class _Gradients:
     def scaled(self, factor: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """What backward returns for hidden states and head. Their memory is then free for the next micro-batch's."""
         if self.spent:
-            raise RuntimeError("linear_divergence's backward ran already: its gradients are made once, in forward")
+            raise RuntimeError("linear_loss's backward ran already: its gradients are made once, in forward")
         hidden, weight, self.hidden, self.weight, self.spent = self.hidden, self.weight, None, None, True
         return (
             None if hidden is None else hidden.mul_(factor),

@@ -6,7 +6,9 @@ In float64: near teacher = student these forms lose all digits in float32 (docs/
 import torch
 from torch import Tensor
 
-from megatron_opsd.objective.spec import Divergence
+from megatron_opsd.objective.divergence import Divergence
+from megatron_opsd.objective.sampled_token import SampledToken
+from megatron_opsd.objective.types import Tokens
 
 
 def reference(student: Tensor, teacher: Tensor, spec: Divergence) -> dict[str, Tensor]:
@@ -19,6 +21,10 @@ def reference(student: Tensor, teacher: Tensor, spec: Divergence) -> dict[str, T
     elif spec.kind == "reverse_kl":
         entry = p * (log_p - log_q)
         positive = entry + q - p
+    elif spec.kind == "skewed_kl":
+        m = spec.beta * q + (1 - spec.beta) * p
+        entry = q * (q / m).log()
+        positive = entry + m - q
     else:
         m = spec.beta * q + (1 - spec.beta) * p
         entry = positive = spec.beta * q * (q / m).log() + (1 - spec.beta) * p * (p / m).log()
@@ -43,3 +49,21 @@ def reference(student: Tensor, teacher: Tensor, spec: Divergence) -> dict[str, T
 def reference_logprobs(logits: Tensor, token_ids: Tensor) -> Tensor:
     """Log-probabilities of the sampled tokens at temperature 1."""
     return torch.log_softmax(logits.detach(), -1).gather(1, token_ids[:, None])[:, 0]
+
+
+def reference_sampled_token(student: Tensor, teacher: Tensor, loss: SampledToken, tokens: Tokens) -> dict[str, Tensor]:
+    """The loss of sampled tokens for logits [n, v] without padding; differentiable in ``student``."""
+    assert tokens.ids is not None
+    log_p, log_q = (torch.log_softmax(x / loss.temperature, -1) for x in (student, teacher))
+    logprobs, teacher_logprobs = (x.gather(1, tokens.ids[:, None])[:, 0] for x in (log_p, log_q))
+    advantages = (teacher_logprobs - logprobs).detach() if loss.needs_teacher else tokens.advantages
+    assert advantages is not None
+    unit_logprobs = reference_logprobs(student, tokens.ids)
+    if loss.importance_cap is not None:
+        assert tokens.rollout_logprobs is not None
+        advantages = advantages * (unit_logprobs - tokens.rollout_logprobs).exp().clamp(max=loss.importance_cap)
+    return {
+        "loss": -advantages * logprobs,
+        "entropy_student": -(log_p.exp() * log_p).sum(-1).detach(),
+        "student_logprobs": unit_logprobs,
+    }

@@ -7,9 +7,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_opsd.objective.reduction import VocabShard, measure, write_gradient
-from megatron_opsd.objective.spec import Divergence
-from megatron_opsd.objective.types import DivergenceOutput, Logits, Normalizers, SavedForBackward
+from megatron_opsd.objective.divergence import Divergence
+from megatron_opsd.objective.types import DivergenceOutput, Normalizers, SavedForBackward, Tokens
+from megatron_opsd.objective.vocab_shard import VocabShard
 
 
 def vocab_parallel_divergence(
@@ -74,8 +74,9 @@ class _Divergence(torch.autograd.Function):
         shard: VocabShard,
         inplace: bool,
     ) -> tuple[Tensor | None, ...]:
-        logits = Logits(student_logits[:, : shard.width], teacher_logits[:, : shard.width])
-        output, saved = measure(logits, spec, shard, vocab_size, token_ids)
+        student, teacher = student_logits[:, : shard.width], teacher_logits[:, : shard.width]
+        tokens = Tokens(weights=student.new_ones(len(student)), ids=token_ids)
+        output, saved = spec.measure(student, teacher, tokens, shard, vocab_size)
         normalizers, *rest = saved
         ctx.save_for_backward(student_logits, teacher_logits, *normalizers, *rest)
         ctx.spec, ctx.width, ctx.inplace = spec, shard.width, inplace
@@ -87,9 +88,9 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         # A change of saved logits, such as an earlier backward in place, makes this raise.
         student_logits, teacher_logits, maxima, sums, log_ratio, *rest = ctx.saved_tensors
-        logits = Logits(student_logits[:, : ctx.width], teacher_logits[:, : ctx.width])
+        student, teacher = student_logits[:, : ctx.width], teacher_logits[:, : ctx.width]
         saved = SavedForBackward(Normalizers(maxima, sums, log_ratio), *rest)
         gradient = student_logits.detach() if ctx.inplace else torch.empty_like(student_logits)
         gradient[:, ctx.width :] = 0
-        write_gradient(logits, saved, grads[0], ctx.spec, gradient[:, : ctx.width])
+        ctx.spec.write_gradient(student, teacher, saved, grads[0], gradient[:, : ctx.width])
         return gradient, *[None] * 6

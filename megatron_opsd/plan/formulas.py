@@ -39,7 +39,9 @@ def longest_sequences(config: Config) -> Lengths:
     multiple = layout.tensor_model_parallel_size if layout.sequence_parallel else 1
     student = len(prompts.student_template.encode()) + CHAT_TOKENS + data.max_problem_tokens + response
     longest = teacher = student
-    if config.teacher.context != "nothing":
+    if config.method.kind == "sft":  # the solution in place of a response
+        teacher = student = student - response + data.max_solution_tokens
+    if config.method.kind == "opsd" and config.method.context in ("solution", "shuffled"):
         words = len(prompts.teacher_template.encode()) + len(prompts.teacher_prefix.encode())
         teacher = words + CHAT_TOKENS + data.max_problem_tokens + data.max_solution_tokens + response
     if config.train.packing:  # a row has room for the longest sequence of either side, and short ones may fill it

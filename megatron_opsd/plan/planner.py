@@ -1,6 +1,6 @@
 """Memory of every stage in every phase of a step, the batch's shape and the sizes on disk."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -170,6 +170,7 @@ def make_plan(config: Config, cluster: Cluster) -> Plan:
     rows = arch.padded_vocab_size(layout.tensor_model_parallel_size) - arch.vocab_size
     tables = 1 if arch.share_embeddings_and_output_weights else 2
     element = ELEMENT[config.model.dtype]
+    average = 4 if config.teacher_kind == "ema" else 0
     return Plan(
         model=Path(config.model.path).name,
         is_published=is_published,
@@ -178,7 +179,7 @@ def make_plan(config: Config, cluster: Cluster) -> Plan:
         batch=batch,
         rollout=rollout,
         stages=stages,
-        checkpoint=(element + 12) * (total + rows * tables * arch.hidden_size),
+        checkpoint=(element + 12 + average) * (total + rows * tables * arch.hidden_size),
         hf_export=element * total,
         pinned_host_memory=max(offloaded) * cluster.gpus_per_node,
     )
@@ -223,10 +224,12 @@ def _stages(
             batch.data_parallel_size,
             batch.expert_data_parallel_size,
             stage == last,
+            config.teacher_kind,
         )
         phases = _phases(config, arch, batch, rollout, kept, stage, layers)
         stages.append(Stage(count, sum(parameter.numel for parameter in parameters), phases))
-        teacher = kept.teacher - kept.teacher_head if config.teacher.placement == "offload" else 0
+        offloads = config.teacher.placement == "offload"
+        teacher = kept.teacher - kept.teacher_head + kept.average if offloads else 0
         offloaded.append(teacher + (kept.optimizer if config.optim.placement == "offload" else 0))
     return stages, offloaded
 
@@ -250,8 +253,14 @@ def _phases(
     training = {"student weights": kept.weights} | ({} if config.optim.placement == "offload" else optional)
     offloads = config.teacher.placement == "offload"
     cache = responses * arch.hidden_size * ELEMENT[config.model.dtype] if is_last else 0
-    always = training | {"teacher weights": kept.teacher_head if offloads else kept.teacher}
-    after = always | {"teacher's hidden states": cache}
+    always = training | (
+        {"teacher weights": kept.teacher_head}
+        if offloads
+        else {"teacher weights": kept.teacher, "teacher's average": kept.average}
+    )
+    after = always | ({"teacher's hidden states": cache} if config.teacher_kind else {})
+    if not config.needs_engine:
+        rollout = replace(rollout, weights=0, kv_cache=0, activations=0)
     phases: dict[str, dict[str, int]] = {
         "rollout": always
         | {
@@ -262,14 +271,18 @@ def _phases(
         "teacher": after
         | {
             "teacher weights": kept.teacher,
-            "activations": formulas.teacher_activations(config, arch, teacher),
+            "activations": formulas.teacher_activations(config, arch, teacher) if config.teacher_kind else 0,
         },
         "student": after
         | gradients
         | formulas.student_activations(config, arch, layers[stage], stage, student, batch.microbatches)
         | (formulas.loss(config, arch, student, response) if is_last else {}),
         "optimizer": after | optional,
-        "refit": after | {"vLLM weights": rollout.weights, "refit buckets": formulas.refit_staging(config, arch)},
+        "refit": after
+        | {
+            "vLLM weights": rollout.weights,
+            "refit buckets": formulas.refit_staging(config, arch) if config.needs_engine else 0,
+        },
     }
     reserved = {"CUDA and NCCL (assumed)": formulas.RESERVED}
     return {phase: {name: n for name, n in (parts | reserved).items() if n} for phase, parts in phases.items()}

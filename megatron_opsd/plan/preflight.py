@@ -14,6 +14,7 @@ from megatron_opsd.types import Example
 from megatron_opsd.weights.architecture import Architecture, read_architecture
 
 VLLM_REMEDY = "the rollout engine: pip install 'megatron-opsd[cpu]' or 'megatron-opsd[gpu]'"
+ANSWER_TOKENS = 64  # as many as a final answer has, in reason
 KV_BYTES = {"bfloat16": 2, "float32": 4}
 
 
@@ -27,19 +28,20 @@ def check(config: Config, world_size: int | None, train: bool = True) -> None:
         UserError: one line that names the file or field, the value and the remedy.
     """
     arch = read_architecture(config.model.path)
-    colocated = config.rollout.engine == "colocated"
+    needs_engine = config.needs_engine or not train
+    colocated = needs_engine and config.rollout.engine == "colocated"
     if colocated:
         check_installed("vllm", VLLM_REMEDY)
         check_rollout_parallel(config, arch, world_size)
-    else:
+    elif needs_engine:
         check_servers(config)
     if train:
         check_transformer_engine()
         check_parallel(config, arch, world_size)
         check_batch(config, world_size)
-        check_data(config.data, "data")
+        check_data(config.data, "data", config.method.reads)
     if config.evaluate.data:
-        check_data(config.evaluate.data, "evaluate.data", held_out=True)
+        check_data(config.evaluate.data, "evaluate.data", "answer")
     prompts = build_prompts(config)
     check_lengths(config, arch, prompts, train)
     if colocated:
@@ -161,12 +163,18 @@ def check_batch(config: Config, world_size: int | None) -> None:
 def check_lengths(config: Config, arch: Architecture, prompts: PromptBuilder, train: bool) -> None:
     """Longest sequences against the model's positions and the KV cache's memory."""
     longest = {"student": max_model_len(config, prompts)}
-    if train:
-        data = config.data
+    data, nothing = config.data, Example(0, "", "", "")
+    if train and config.method.kind == "sft":
+        longest["student"] = (
+            len(prompts.student(nothing)) + data.max_problem_tokens + data.max_solution_tokens + SEAM_TOKENS
+        )
+    elif train and config.method.reads != "problem":
+        solution = config.method.reads == "solution"
+        prompt = prompts.teacher(nothing) if solution else prompts.teacher_with_answer(nothing)
         longest["teacher"] = (
-            len(prompts.teacher(Example(0, "", "")))
+            len(prompt)
             + data.max_problem_tokens
-            + data.max_solution_tokens
+            + (data.max_solution_tokens if solution else ANSWER_TOKENS)
             + config.rollout.max_response_tokens
             + SEAM_TOKENS
         )

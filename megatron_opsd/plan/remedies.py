@@ -133,7 +133,8 @@ def _smaller_chunks(config: Config, cluster: Cluster, plan: Plan) -> Changes:
 
 
 def _offload_teacher(config: Config, cluster: Cluster, plan: Plan) -> Changes:
-    return {"teacher.placement": "offload"} if config.teacher.placement == "resident" else {}
+    has_weights = config.teacher_kind in ("frozen", "ema")
+    return {"teacher.placement": "offload"} if has_weights and config.teacher.placement == "resident" else {}
 
 
 def _offload_optimizer(config: Config, cluster: Cluster, plan: Plan) -> Changes:

@@ -90,6 +90,7 @@ def _facts(config: Config, plan: Plan) -> list[tuple[str, str]]:
     layout, batch, rollout = config.parallel, plan.batch, plan.rollout
     experts = f" (experts {layout.expert_model_parallel_size} x {batch.expert_data_parallel_size})"
     known = "; by its name, for lack of a config.json" if plan.is_published else ""
+    teacher = " ".join(filter(None, (config.teacher_kind, config.teacher.placement))) if config.teacher_kind else "none"
     host = f" to {_gib(plan.pinned_host_memory)} GiB of each node's host memory" if plan.pinned_host_memory else ""
     return [
         ("model", f"{plan.model}, {plan.total_parameters / 1e9:.2f} B parameters, {config.model.dtype}{known}"),
@@ -101,8 +102,7 @@ def _facts(config: Config, plan: Plan) -> list[tuple[str, str]]:
         ),
         (
             "memory",
-            f"recompute {config.model.recompute}, teacher {config.teacher.placement}, "
-            f"optimizer {config.optim.placement}{host}",
+            f"recompute {config.model.recompute}, {teacher}, optimizer {config.optim.placement}{host}",
         ),
         (
             "step",

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import lcm
+from typing import Literal
 
 import torch
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
@@ -37,6 +38,7 @@ class RankBytes:
     optimizer: int
     teacher: int
     teacher_head: int
+    average: int  # an ema teacher's float32 weights, where they are not the teacher's own
 
 
 def stage_layers(arch: Architecture, model: ModelConfig, layout: ParallelConfig) -> list[int]:
@@ -60,17 +62,25 @@ def stage_parameters(
 
 
 def rank_bytes(
-    parameters: Sequence[Parameter], element: int, distributed: bool, dp_size: int, expert_dp_size: int, last: bool
+    parameters: Sequence[Parameter],
+    element: int,
+    distributed: bool,
+    dp_size: int,
+    expert_dp_size: int,
+    last: bool,
+    teacher: Literal["frozen", "live", "ema"] | None,
 ) -> RankBytes:
     """Bytes of a rank's student and teacher.
 
     element: bytes of a parameter's element. distributed: optim.use_distributed_optimizer.
+    teacher: its kind, None where the method has none. A live one is the student.
     dp_size, expert_dp_size: ranks that share the optimizer states of dense parameters and of experts.
 
     Gradients are float32. Adam's two moments are float32, and so is the copy that it updates where parameters are not.
     """
     total = sum(parameter.numel for parameter in parameters)
     heads = [p.numel for p in parameters if p.name.endswith(("output_layer.weight", "word_embeddings.weight"))]
+    owns_teacher = teacher in ("frozen", "ema")
     buffer, states = total, total
     if distributed:
         parts = [(False, dp_size), (True, expert_dp_size)]
@@ -80,8 +90,9 @@ def rank_bytes(
         weights=element * buffer,
         gradients=4 * buffer,
         optimizer=(8 if element == 4 else 12) * states,
-        teacher=element * total,
-        teacher_head=element * heads[-1] if last else 0,
+        teacher=element * total if owns_teacher else 0,
+        teacher_head=element * heads[-1] if last and owns_teacher else 0,
+        average=4 * total if teacher == "ema" and element != 4 else 0,
     )
 
 

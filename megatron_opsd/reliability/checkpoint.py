@@ -33,6 +33,7 @@ from megatron_opsd.compat.megatron_internals import report_through
 from megatron_opsd.config import CheckpointConfig
 from megatron_opsd.errors import UserError
 from megatron_opsd.model.gpt import HiddenStateGPT
+from megatron_opsd.model.teacher import Teacher
 from megatron_opsd.reliability import pickles
 from megatron_opsd.reliability.preemption import serve_parent
 from megatron_opsd.reliability.run_dir import RunDir
@@ -46,6 +47,7 @@ _OPTIMIZER_FORMAT = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": True,
 }
+_MODEL, _TEACHER = "model.", "teacher."
 _PROGRESS, _CHECKSUMS = "progress.json", "checksums.json"
 
 
@@ -64,7 +66,14 @@ class Checkpoints:
                 shutil.rmtree(leftover, ignore_errors=True)
         dist.barrier()
 
-    def save(self, model: HiddenStateGPT, optimizer: MegatronOptimizer, progress: Progress, keep: int | None) -> None:
+    def save(
+        self,
+        model: HiddenStateGPT,
+        optimizer: MegatronOptimizer,
+        teacher: Teacher | None,
+        progress: Progress,
+        keep: int | None,
+    ) -> None:
         """Begin to write a checkpoint. When this returns the state may change: its copy is in host memory.
 
         keep: the step whose checkpoint is kept besides those that the configuration keeps.
@@ -80,7 +89,7 @@ class Checkpoints:
         staging = self._folder / names[0]
         self._on_rank_0(lambda: _make_room(staging))
         request = dist_checkpointing.save(
-            _state(model, optimizer, loading=False),
+            _state(model, optimizer, teacher, loading=False),
             str(staging),
             async_sharded_save=True,
             content_metadata=_OPTIMIZER_FORMAT,
@@ -236,25 +245,36 @@ def damage(path: Path) -> list[str]:
     return list(dict.fromkeys(line for part in gathered for line in part))
 
 
-def load(path: Path, model: HiddenStateGPT, optimizer: MegatronOptimizer, teacher: str) -> Progress:
-    """Fill student and optimizer from a checkpoint written by any layout.
+def load(
+    path: Path, model: HiddenStateGPT, optimizer: MegatronOptimizer, teacher: Teacher | None, identity: str
+) -> Progress:
+    """Fill student, optimizer and a moving average from a checkpoint written by any layout.
+
+    identity: the teacher's, see ``Progress``.
 
     Raises:
-        UserError: its teacher is not this run's (``teacher``: its identity).
+        UserError: the checkpoint's teacher is another.
     """
     progress = read_progress(path)
-    if progress.teacher != teacher:
+    if progress.teacher != identity:
         raise UserError(
-            f"{path}: was trained with the teacher {progress.teacher[:16]}, but model.path holds {teacher[:16]}; "
-            "resume with the model the run started from"
+            f"{path}: was trained with the teacher {progress.teacher[:16]}, but this run's is {identity[:16]}; resume "
+            "with the model.path and the settings of [teacher] that the run started with"
         )
-    state: Any = dist_checkpointing.load(_state(model, optimizer, loading=True), str(path))
-    weights = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
+    state: Any = dist_checkpointing.load(_state(model, optimizer, teacher, loading=True), str(path))
+    _fill(model, state, _MODEL)
+    if teacher and (average := teacher.average()):
+        _fill(average, state, _TEACHER)
+        teacher.publish()
+    optimizer.load_state_dict(state["optimizer"])
+    return progress
+
+
+def _fill(model: HiddenStateGPT, state: dict[str, Any], prefix: str) -> None:
+    weights = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert not unexpected, unexpected
     assert all(name.endswith("_extra_state") for name in missing), missing  # Transformer Engine's, only for fp8
-    optimizer.load_state_dict(state["optimizer"])
-    return progress
 
 
 def read_progress(path: Path) -> Progress:
@@ -318,11 +338,15 @@ def _choose(run_dir: RunDir, resume: str) -> Path | None:
     return Path(resume)
 
 
-def _state(model: HiddenStateGPT, optimizer: MegatronOptimizer, loading: bool) -> dict[str, Any]:
-    state: dict[str, Any] = model.sharded_state_dict(prefix="model.")
+def _state(
+    model: HiddenStateGPT, optimizer: MegatronOptimizer, teacher: Teacher | None, loading: bool
+) -> dict[str, Any]:
+    state: dict[str, Any] = model.sharded_state_dict(prefix=_MODEL)
     optimizer_state = optimizer.sharded_state_dict(
         state,
         is_loading=loading,
         metadata=_OPTIMIZER_FORMAT,  # type: ignore[call-arg]
     )
+    if teacher and (average := teacher.average()):
+        state |= average.sharded_state_dict(prefix=_TEACHER)
     return {**state, "optimizer": optimizer_state}

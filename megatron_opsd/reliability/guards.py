@@ -55,7 +55,9 @@ class Guards:
         self._count_skipped(metrics)
         warnings = []
         for name, (low, high, setting) in self._bounds.items():
-            value, bound = metrics[name], None
+            value, bound = metrics.get(name), None
+            if value is None:  # a step that learned nothing
+                continue
             if low is not None and not value >= low:
                 bound = f"below guards.min_{setting} = {low:g}"
             elif high is not None and not value <= high:
@@ -90,6 +92,8 @@ class Guards:
     def _compare_with_first_steps(self, metrics: Mapping[str, float]) -> list[str]:
         """Every ``patience`` steps, whether the student has come nearer to its teacher or only become less sure."""
         state = self._state
+        if any(name not in metrics for name in LEARNING):  # no teacher, or nothing learned
+            return []
         values = {name: metrics[name] for name in LEARNING}
         if not metrics["skipped"] and all(map(math.isfinite, values.values())):
             state.window.append(values)

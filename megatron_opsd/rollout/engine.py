@@ -85,6 +85,24 @@ class AlwaysAwake:
         return 0
 
 
+class NoEngine(AlwaysAwake):
+    """Of a run that writes no responses."""
+
+    def generate(
+        self,
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        should_abort: Callable[[], bool] = lambda: False,
+    ) -> list[Rollout]:
+        raise AssertionError("this run has no engine")
+
+    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        raise AssertionError("this run has no engine")
+
+    def close(self) -> None: ...
+
+
 def sample_seed(seed: int, step: int, sample: int) -> int:
     """A 63-bit seed of one sample of one step, whatever rank or engine writes it (splitmix64 of the three)."""
     state = 0

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -111,6 +112,10 @@ class MetricsWriter:
             write_jsonl(self._run_dir.skipped / f"step_{step:06d}.jsonl", _describe(result, self._tokenizer))
             where = self._run_dir.skipped
             self.warn([f"step {step}: loss or gradient not finite; weights unchanged, its batch is in {where}"])
+        if not result.metrics["samples"]:
+            grades = Counter(grade for group in result.groups for grade in group.grades)
+            found = ", ".join(f"{count} {grade}" for grade, count in grades.items())
+            self.warn([f"step {step}: no response to learn from ({found}; see method.train_on); weights unchanged"])
         numbers = _numbers(result.metrics)
         self._progress.update(self._task, completed=step, numbers=numbers)
         if self._progress.disable:
@@ -141,13 +146,14 @@ def is_due(step: int, interval: int) -> bool:
 def _describe(result: StepResult, tokenizer: "PreTrainedTokenizerBase") -> list[dict[str, Any]]:
     return [
         {
-            "index": example.index,
-            "problem": example.problem,
+            "index": group.example.index,
+            "problem": group.example.problem,
             "response": tokenizer.decode(rollout.token_ids),
-            "correct": right,
+            "grade": grade,
             **asdict(rollout),
         }
-        for example, rollout, right in zip(result.examples, result.rollouts, result.correct, strict=True)
+        for group in result.groups
+        for rollout, grade in zip(group.rollouts, group.grades, strict=True)
     ]
 
 
@@ -183,6 +189,6 @@ def _numbers(metrics: dict[str, float]) -> str:
     phases = " ".join(f"{name} {metrics[f'seconds_{name}']:.2f}" for name in Phase)
     accuracy = f"  accuracy {metrics['accuracy']:.2f}" if "accuracy" in metrics else ""
     return (
-        f"loss {metrics['loss']:.4f}{accuracy}  grad {metrics['grad_norm']:.2f}  "
+        f"loss {metrics.get('loss', math.nan):.4f}{accuracy}  grad {metrics['grad_norm']:.2f}  "
         f"{metrics['tokens_per_second']:.0f} tokens/s  {metrics['seconds_total']:.2f} s ({phases})"
     )

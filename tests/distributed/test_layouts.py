@@ -16,12 +16,13 @@ from megatron_opsd.convert.blocks import whole_model
 from megatron_opsd.convert.convert import hf_to_megatron, megatron_to_hf
 from megatron_opsd.convert.dist_files import DistReader
 from megatron_opsd.data.batch import Batch, Sequences, split
+from megatron_opsd.methods.opsd import opsd_loss
 from megatron_opsd.model import parallel
 from megatron_opsd.model.gpt import HiddenStateGPT, build_model
 from megatron_opsd.model.optimizer import build_optimizer, build_schedule, optimizer_step
 from megatron_opsd.model.parallel import Layout
 from megatron_opsd.model.student import Student
-from megatron_opsd.model.teacher import Teacher
+from megatron_opsd.model.teacher import FrozenTeacher
 from megatron_opsd.reliability import checkpoint
 from megatron_opsd.reliability.run_dir import RunDir
 from megatron_opsd.types import Progress
@@ -189,7 +190,7 @@ def check_reading(folder: Path, path: str, saved: dict[str, torch.Tensor]) -> No
 
 
 def check_logits(
-    teacher: Teacher, teacher_hidden: list[torch.Tensor], microbatches: list, path: str, layout: Layout
+    teacher: FrozenTeacher, teacher_hidden: list[torch.Tensor], microbatches: list, path: str, layout: Layout
 ) -> None:
     """Logits at the response positions equal transformers' within 1e-5."""
     if not layout.is_last_stage:
@@ -234,9 +235,9 @@ class Run:
 
     def __post_init__(self) -> None:
         config = self.case.config(self.path)
-        self.teacher = Teacher(build(config, self.layout), "resident")
+        self.teacher = FrozenTeacher(build(config, self.layout), "resident")
         vocab_size = read_architecture(self.path).vocab_size
-        self.student = Student(build(config, self.layout), self.layout, config, vocab_size)
+        self.student = Student(build(config, self.layout), self.layout, config, vocab_size, opsd_loss(config))
         self.optimizer = build_optimizer(self.student, config.optim)
         self.schedule = build_schedule(self.optimizer, config.optim, steps=10)
         multiple, one_length = self.case.tp, self.case.pp > 1

@@ -11,11 +11,12 @@ import torch.distributed as dist
 from megatron_opsd.config import Config
 from megatron_opsd.data.batch import Batch, split
 from megatron_opsd.device_memory import DeviceMemory
+from megatron_opsd.methods.opsd import opsd_loss
 from megatron_opsd.model import parallel
 from megatron_opsd.model.gpt import build_model
 from megatron_opsd.model.optimizer import OptimizerStates, build_optimizer, build_schedule, optimizer_step
 from megatron_opsd.model.student import Student
-from megatron_opsd.model.teacher import Teacher
+from megatron_opsd.model.teacher import FrozenTeacher
 from megatron_opsd.types import Phase
 from megatron_opsd.weights.architecture import read_architecture
 
@@ -133,7 +134,7 @@ def list_states(path: str) -> None:
         layout = parallel.initialize(config.parallel, seed=1)
         arch = read_architecture(path)
         teacher, student = (build_model(arch, config.model, config.parallel, layout.pg_collection) for _ in range(2))
-        learner = Student(student, layout, config, arch.vocab_size)
+        learner = Student(student, layout, config, arch.vocab_size, opsd_loss(config))
         optimizer = build_optimizer(learner, config.optim)
         states = OptimizerStates(optimizer, config.optim)
         parameters = list(student.parameters())
@@ -143,7 +144,7 @@ def list_states(path: str) -> None:
         assert all(len(part.optimizer.state) == 0 for part in parts)  # a checkpoint could still be loaded
         batch, dp = Batch(random_samples(8), 1, 1, False, False), layout.dp_group
         microbatches = split(batch, batch.assign(2, dp.size()), dp.rank(), "token", torch.device("cpu"))
-        frozen = Teacher(teacher, "resident")
+        frozen = FrozenTeacher(teacher, "resident")
         losses = learner.forward_backward(microbatches, frozen.head_weight(), frozen.score(microbatches))
         optimizer_step(optimizer, build_schedule(optimizer, config.optim, steps=3), losses.means()["loss"])
         tensors = states._tensors()

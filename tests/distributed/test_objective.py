@@ -9,10 +9,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_opsd.objective import Divergence, linear_divergence, vocab_parallel_divergence
-from megatron_opsd.objective.reference import reference, reference_logprobs
+from megatron_opsd.objective import (
+    Divergence,
+    SampledToken,
+    Tokens,
+    linear_divergence,
+    linear_loss,
+    vocab_parallel_divergence,
+)
+from megatron_opsd.objective.reference import reference, reference_logprobs, reference_sampled_token
 from tests.distributed.harness import run_distributed
-from tests.unit.test_objective_reference import KINDS, SPECS, name_of
+from tests.unit.test_objective_reference import KINDS, SAMPLED_TOKEN, SPECS, name_of
 
 N, WIDTH, PADDED = 13, 6, 40  # a vocabulary of 37 leaves the last rank some padding, one of 19 nothing else
 
@@ -109,15 +116,47 @@ def check_identical(kind: Any) -> None:
 
 
 def check_ties() -> None:
-    """The first place of several equals goes to the lowest id, on whichever rank that is."""
+    """Where several ids are first, one that both sides put first on one rank is enough, and counts once."""
     generator = torch.Generator().manual_seed(9)
     student, teacher = (torch.randint(0, 3, (500, 12), generator=generator).float() for _ in range(2))
     out = vocab_parallel_divergence(
         my_share(student, 1), my_share(teacher, 1), Divergence(), vocab_size=11, tp_group=dist.group.WORLD
     )
-    expected = reference(student[:, :11], teacher[:, :11], Divergence())["agree"]
-    assert torch.equal(out.agree, expected)
-    assert 0 < expected.mean() < 1
+    first = [logits[:, :11] == logits[:, :11].amax(-1, keepdim=True) for logits in (student, teacher)]
+    possible = (first[0] & first[1]).any(-1)
+    assert out.agree.unique().tolist() == [0, 1]
+    assert not out.agree[~possible].any()
+    lowest = [side.int().argmax(-1) for side in first]
+    assert out.agree[lowest[0] == lowest[1]].all()
+
+
+def check_sampled_token(loss: SampledToken, vocab: int) -> None:
+    """Loss and gradients of hidden states and head, against autograd on whole logits."""
+    hidden, head, teacher_hidden, teacher_head, weights = whole_inputs()
+    hidden.requires_grad_()
+    head.requires_grad_()
+    ids = torch.arange(N) * 5 % vocab
+    tokens = Tokens(weights, ids, torch.linspace(-2, 3, N).double(), torch.linspace(-9, 0, N).double())
+    logits, teacher_logits = hidden @ head[:vocab].t(), teacher_hidden @ teacher_head[:vocab].t()
+    expected = reference_sampled_token(logits, teacher_logits, loss, tokens)
+    hidden_grad, head_grad = torch.autograd.grad(3 * (weights * expected["loss"]).sum(), (hidden, head))
+
+    mine = my_share(head, 0).requires_grad_()
+    teacher = (teacher_hidden, my_share(teacher_head, 0)) if loss.needs_teacher else None
+    reductions: list[object] = []
+    undo = counting(reductions)
+    total, out = linear_loss(
+        loss, hidden, mine, tokens, teacher, vocab_size=vocab, tp_group=dist.group.WORLD, chunk_size=5
+    )
+    partial, mine_grad = torch.autograd.grad(3 * total, (hidden, mine))
+    undo()
+    assert len(reductions) == 3 * (3 if loss.needs_teacher else 2), "all-reduces a chunk, none backward"
+    torch.testing.assert_close(total, (weights * expected["loss"]).sum(), rtol=0, atol=1e-11)
+    for name, value in expected.items():
+        torch.testing.assert_close(getattr(out, name), value.detach(), rtol=0, atol=1e-11)
+    torch.testing.assert_close(mine_grad, my_share(head_grad, 0), rtol=0, atol=1e-11)
+    dist.all_reduce(partial)  # a rank's part: the sum is the caller's
+    torch.testing.assert_close(partial, hidden_grad, rtol=0, atol=1e-11)
 
 
 def check_lone_group() -> None:
@@ -145,6 +184,8 @@ def worker() -> None:
                 check(spec, vocab)
             except AssertionError as error:
                 raise AssertionError(f"{check.__name__} {name_of(spec)}, vocabulary of {vocab}: {error}") from error
+    for loss, vocab in product(SAMPLED_TOKEN, [37, 19]):
+        check_sampled_token(loss, vocab)
     for kind in KINDS:
         check_identical(kind)
     check_ties()

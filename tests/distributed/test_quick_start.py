@@ -16,7 +16,7 @@ from megatron_opsd.data.prompts import build_prompts
 from megatron_opsd.evaluate import grade
 from megatron_opsd.model import parallel
 from megatron_opsd.model.gpt import build_model
-from megatron_opsd.model.teacher import Teacher
+from megatron_opsd.model.teacher import FrozenTeacher
 from megatron_opsd.plan.preflight import max_model_len
 from megatron_opsd.reliability.run_dir import read_jsonl
 from megatron_opsd.rollout import build_engine
@@ -129,7 +129,7 @@ def three_readers(run_dir: str, overrides: dict[str, str]) -> None:
     load_hf(megatron, reader, table, Shard())
     batch = Batch([Sample(prompt, prompt, rollout) for prompt, rollout in zip(ids, rollouts, strict=True)])
     (microbatch,) = split(batch, batch.assign(64, 1), 0, "token", parallel.device())
-    (hidden,) = Teacher(megatron, "resident").score([microbatch])
+    (hidden,) = FrozenTeacher(megatron, "resident").score([microbatch])
     logits = (hidden @ megatron.head_weight().T)[:, : table.arch.vocab_size]  # [n, v]
     assert (logits.argmax(1) == microbatch.response_ids).all()
     logprobs = logits.log_softmax(1).gather(1, microbatch.response_ids[:, None])[:, 0]

@@ -12,11 +12,12 @@ from megatron_opsd.data.batch import Batch, split
 from megatron_opsd.data.datasets import read_examples
 from megatron_opsd.data.prompts import build_prompts
 from megatron_opsd.data.sampler import Sampler
+from megatron_opsd.methods.opsd import opsd_loss
 from megatron_opsd.model import parallel
 from megatron_opsd.model.gpt import build_model
 from megatron_opsd.model.optimizer import OptimizerStates, build_optimizer, build_schedule, optimizer_step
 from megatron_opsd.model.student import Student
-from megatron_opsd.model.teacher import Teacher
+from megatron_opsd.model.teacher import FrozenTeacher
 from megatron_opsd.reliability.run_dir import read_jsonl
 from megatron_opsd.rollout.engine import Sampling
 from megatron_opsd.rollout.refit import refit
@@ -48,8 +49,8 @@ class Parts:
         models = [build_model(arch, config.model, config.parallel, layout.pg_collection) for _ in range(2)]
         for model in models:
             load_hf(model, HFReader(path), NameTable(arch), layout.shard)
-        self.teacher = Teacher(models[0], "offload")
-        self.student = Student(models[1], layout, config, arch.vocab_size)
+        self.teacher = FrozenTeacher(models[0], "offload")
+        self.student = Student(models[1], layout, config, arch.vocab_size, opsd_loss(config))
         self.optimizer = build_optimizer(self.student, config.optim)
         self.schedule = build_schedule(self.optimizer, config.optim, steps=10)
         self.states = OptimizerStates(self.optimizer, config.optim)

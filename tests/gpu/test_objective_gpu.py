@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_opsd.objective import Divergence, backend_torch, linear_divergence, reduction, vocab_parallel_divergence
+from megatron_opsd.objective import Divergence, backend_torch, linear_divergence, vocab_parallel_divergence
 from tests.unit.test_objective_reference import SPECS, name_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -35,7 +35,7 @@ def run(student: Tensor, teacher: Tensor, spec: Divergence, **options: Any) -> t
 def exact(student: Tensor, teacher: Tensor, spec: Divergence) -> tuple[Any, Tensor]:
     """By the torch backend in float64, on the same device."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reduction, "backend", lambda logits: backend_torch)
+        patch.setattr(Divergence, "_backend", lambda self, logits: backend_torch)
         return run(student.detach().double().requires_grad_(), teacher.double(), spec)
 
 

@@ -132,7 +132,7 @@ def test_held_out_problems_need_answers_but_no_solutions(tmp_path: Path) -> None
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     rows = [{"problem": "1+1?", "answer": 2}, {"problem": "2+2?", "answer": "4"}]
     config = DataConfig(path=write_jsonl(tmp_path / "a.jsonl", rows), answer_column="answer")
-    check_data(config, "evaluate.data", held_out=True)
+    check_data(config, "evaluate.data", reads="answer")
     assert [example.answer for example in read_held_out(config, tokenizer)] == ["2", "4"]
     path = write_jsonl(tmp_path / "b.jsonl", [*rows, {"problem": "Draw it.", "answer": None}])
     config = DataConfig(path=path, answer_column="answer")

@@ -72,7 +72,7 @@ def test_no_mistakes(config: list[str], capsys: pytest.CaptureFixture[str]) -> N
         (["--optim.lr", "fast"], ["--optim.lr = 'fast'", "number"]),
         (["--optim.min_lr", "0.1"], ["optim.min_lr = 0.1", "optim.lr"]),
         (["--objective.clip", "inf"], ["--objective.clip = inf", "finite"]),
-        (["--teacher.context", "shuffled", "--rollout.samples_per_prompt", "32"], ["shuffled", "two problems"]),
+        (["--method.context", "shuffled", "--rollout.samples_per_prompt", "32"], ["shuffled", "two problems"]),
         (["--objective.beta", "1.5"], ["--objective.beta = 1.5", "less than 1"]),
     ],
 )

@@ -142,7 +142,7 @@ def test_evaluation_makes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     head: Any = tensors[1]
     head.main_grad, head.grad_added_to_main_grad = torch.zeros(head.shape), False
     with_grad, _ = diverge(tensors, Divergence())
-    monkeypatch.setattr("megatron_opsd.objective.linear.write_gradient", lambda *_: pytest.fail("made a gradient"))
+    monkeypatch.setattr(Divergence, "write_gradient", lambda *_: pytest.fail("made a gradient"))
     with torch.no_grad():
         loss, _ = diverge(tensors, Divergence())
     frozen, _ = diverge([tensor.detach() for tensor in tensors], Divergence())
@@ -188,7 +188,7 @@ def test_a_token_of_weight_zero_adds_nothing() -> None:
 def test_shapes_that_do_not_fit_are_refused() -> None:
     hidden, head, teacher_hidden, teacher_head, weights = inputs()
     for tensors, message in (
-        ([hidden, head, teacher_hidden[1:], teacher_head, weights], "hidden states must both be"),
+        ([hidden, head, teacher_hidden[1:], teacher_head, weights], "hidden states must all be"),
         ([hidden, head, teacher_hidden, teacher_head[1:], weights], "heads differ in rows: 40 and 39"),
         ([hidden, head, teacher_hidden, teacher_head, weights[1:]], "token_weights must have one value"),
     ):

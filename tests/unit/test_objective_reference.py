@@ -6,14 +6,19 @@ from itertools import product
 import pytest
 import torch
 
-from megatron_opsd.objective import Divergence
+from megatron_opsd.objective import Divergence, SampledToken
 from megatron_opsd.objective.reference import reference
 
-KINDS = ("forward_kl", "reverse_kl", "jsd")
+KINDS = ("forward_kl", "reverse_kl", "jsd", "skewed_kl")
 CLIPS = ((None, "entry"), (0.05, "entry"), (0.05, "token"), (0.05, "saturate"))
 SPECS = [
     Divergence(kind=kind, beta=0.3, temperature=temperature, clip=clip, clip_mode=mode)
     for kind, (clip, mode), temperature in product(KINDS, CLIPS, (1.0, 1.7))
+]
+
+SAMPLED_TOKEN = [
+    SampledToken(temperature, advantage, cap)
+    for temperature, advantage, cap in product((1.0, 1.7), ("given", "teacher"), (None, 2.0))
 ]
 
 

@@ -22,7 +22,7 @@ ROOMS = [
     ["model"],
     ["rollout"],
     ["reliability", "telemetry"],
-    ["device_memory", "evaluate"],
+    ["device_memory", "evaluate", "methods"],
     ["trainer"],
     ["run"],
     ["plan", "convert"],

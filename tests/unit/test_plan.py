@@ -20,9 +20,10 @@ from megatron.core.dist_checkpointing.mapping import apply_factories
 from torch import Tensor
 
 from megatron_opsd.cli import main
-from megatron_opsd.config import Config, OptimConfig, ParallelConfig
+from megatron_opsd.config import Config, OptimConfig, ParallelConfig, SftConfig, TeacherConfig
 from megatron_opsd.config_file import load_config
 from megatron_opsd.data.prompts import build_prompts, max_model_len
+from megatron_opsd.methods.opsd import opsd_loss
 from megatron_opsd.model import gpt as model_module
 from megatron_opsd.model import parallel
 from megatron_opsd.model.gpt import HiddenStateGPT, build_model
@@ -141,7 +142,7 @@ def test_first_stage_of_32b() -> None:
     config = config_of("Qwen3-32B", parallel=layout)
     parameters = stage_parameters(arch, config.model, layout, 64, 0)  # type: ignore[arg-type]
     assert parameters[0].numel == 19072 * 5120  # 151,936 rows, padded to a multiple of 128 on each rank
-    kept = rank_bytes(parameters, 2, True, dp_size=2, expert_dp_size=2, last=False)
+    kept = rank_bytes(parameters, 2, True, dp_size=2, expert_dp_size=2, last=False, teacher="frozen")
     sizes = [kept.weights, kept.gradients, kept.optimizer, kept.teacher]
     assert [round(size / GIB, 2) for size in sizes] == [2.0, 4.0, 6.0, 2.0]
 
@@ -213,6 +214,25 @@ def test_offloaded_teacher_leaves_the_device() -> None:
     for phase in Phase:
         expected = resident[phase]["teacher weights"] if phase == "teacher" else head
         assert offloaded[phase]["teacher weights"] == expected
+
+
+def test_what_each_teacher_costs() -> None:
+    """A live one nothing, an average four bytes a parameter besides; fine-tuning has neither teacher nor vLLM."""
+    layout = ParallelConfig(tensor_model_parallel_size=8, sequence_parallel=True)
+    plans = {
+        kind: make_plan(config_of("Qwen3-32B", parallel=layout, teacher=TeacherConfig(kind=kind)), Cluster(1, 8, 80))
+        for kind in ("frozen", "live", "ema")
+    }
+    phases = {kind: plan.stages[0].phases for kind, plan in plans.items()}
+    weights = phases["frozen"]["student"]["teacher weights"]
+    for phase in Phase:
+        assert phases["ema"][phase]["teacher weights"] == weights
+        assert phases["ema"][phase]["teacher's average"] == 2 * weights
+        assert "teacher weights" not in phases["live"][phase]
+    assert plans["frozen"].checkpoint == plans["live"].checkpoint
+    assert plans["ema"].checkpoint / plans["frozen"].checkpoint == 18 / 14
+    tuned = make_plan(config_of("Qwen3-32B", parallel=layout, method=SftConfig()), Cluster(1, 8, 80)).stages[0].phases
+    assert not any("teacher" in name or "vLLM" in name for phase in Phase for name in tuned[phase])
 
 
 @pytest.mark.parametrize(
@@ -306,7 +326,7 @@ def check_training_states(config: Config, plan: Plan) -> None:
     """Parameters, gradient buffers and optimizer states after a step, to the byte; the largest rank's counts."""
     layout, arch, model = build(config)
     teacher = sum(p.nbytes for p in model.parameters())
-    student = Student(model, layout, config, arch.vocab_size)
+    student = Student(model, layout, config, arch.vocab_size, opsd_loss(config))
     optimizer = build_optimizer(student, config.optim)
     student.ddp.zero_grad_buffer()
     optimizer.step()
@@ -375,7 +395,7 @@ def check_activations(config: Config) -> None:
 def check_checkpoint(config: Config, plan: Plan) -> None:
     """The whole tensors that a checkpoint would be made of."""
     layout, arch, model = build(config)
-    optimizer = build_optimizer(Student(model, layout, config, arch.vocab_size), config.optim)
+    optimizer = build_optimizer(Student(model, layout, config, arch.vocab_size, opsd_loss(config)), config.optim)
     optimizer.step()
     tensors: dict[str, int] = {}
 
@@ -384,7 +404,7 @@ def check_checkpoint(config: Config, plan: Plan) -> None:
             tensors[part.key] = prod(part.global_shape) * part.dtype.itemsize
         return part
 
-    state = checkpoint._state(model, optimizer, loading=False)
+    state = checkpoint._state(model, optimizer, None, loading=False)
     apply_factories(state)  # gate and up, which are saved apart
     dict_list_map_outplace(count, state)
     if layout.rank == 0:  # where the data-parallel ranks' optimizer states are gathered
