@@ -31,7 +31,7 @@ def before_reload(model: nn.Module, model_config: Any) -> None:
 
 
 def after_reload(model: nn.Module) -> None:
-    """Call after each reload. On CPU vLLM keeps a packed copy of the head; a reload does not update that of a tied one."""
+    """Call after each reload. On CPU vLLM keeps a packed copy of the head. If tied, a reload leaves the copy stale."""
     if not torch.cuda.is_available():
         head = model.get_submodule("lm_head")
         head.quant_method.process_weights_after_loading(head)  # type: ignore[union-attr, operator]
