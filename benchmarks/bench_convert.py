@@ -1,4 +1,4 @@
-"""Speed and memory of the conversion beside ``cp``: a synthetic Qwen3 of 4 GB, both directions, results as Markdown.
+"""Speed and memory of the conversion, compared with ``cp``: a synthetic Qwen3 of 4 GB, both directions, as Markdown.
 
 ``cp`` and both directions take turns on the same disk, each from a cold cache and each until its files are on the disk.
 Time and memory are those of the conversion, without the seconds and megabytes of the imports.
@@ -78,7 +78,7 @@ def private_memory() -> int:
 
 
 def convert_once(direction: str, source: Path, target: Path, dtype: str | None) -> dict[str, float]:
-    """Convert in this process; returns seconds and the peak of private memory over that at the start."""
+    """Convert in this process; returns the seconds and the peak of private memory minus that at the start."""
     before, peak, done = private_memory(), [0], threading.Event()
 
     def watch() -> None:
@@ -105,7 +105,7 @@ def in_a_process(direction: str, source: Path, target: Path, *flags: str) -> dic
 
 
 def copy(source: Path, target: Path) -> dict[str, float]:
-    """``cp -r`` and then fsync of every file."""
+    """``cp -r``, followed by fsync of every file."""
     start = time.perf_counter()
     subprocess.run(["cp", "-r", "--reflink=never", source, target], check=True)
     for path in target.rglob("*"):
@@ -122,7 +122,7 @@ def sync(path: Path, forget: bool = False) -> None:
 
 
 def one_round(folder: Path) -> list[dict[str, float]]:
-    """cp, one direction, cp, the other direction, cp again: each from a cold cache."""
+    """Run cp, one direction, cp, the other direction and cp again, each from a cold cache."""
     hf, megatron, back = folder / "model", folder / "megatron", folder / "back"
     results: list[dict[str, float]] = []
     for name in ("cp", "hf-to-megatron", "cp", "megatron-to-hf", "cp"):

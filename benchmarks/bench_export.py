@@ -1,9 +1,9 @@
-"""What buckets are worth, a minute on a CPU:
+"""Compares export in buckets with export tensor by tensor. It takes a minute on a CPU:
 
     torchrun --standalone --local-addr=127.0.0.1 --nproc-per-node 4 benchmarks/bench_export.py
 
-Streams a model of many small tensors (TP2 PP2, 48 layers, hidden size 64) out under its Hugging Face names as every
-refit does: in buckets, and tensor by tensor (a bucket for each), turn by turn in one run. Prints a Markdown table.
+Exports a model of many small tensors (TP2 PP2, 48 layers, hidden size 64) under its Hugging Face names, as every refit
+does. Buckets and single tensors (a bucket for each) take turns in one run. Prints a Markdown table.
 """
 
 import os

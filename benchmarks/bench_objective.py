@@ -1,12 +1,12 @@
-"""Time and memory of the objective beside what others publish: `make bench`, on a GPU if there is one.
+"""Compares time and memory of the objective with other packages: `make bench`, on a GPU if there is one.
 
-Every candidate gets the same tensors in the same process, turn by turn, and computes the loss and its gradients.
-Before anything is timed, each gradient is compared with that of the textbook formula in float64. Time is process time
-on a CPU, with one thread, and wall time between synchronisations on a GPU. Memory is the peak less what was there
-before: on a CPU that of a forked child that runs the candidate once, on a GPU the allocator's.
+All candidates get the same tensors in the same process, take turns, and compute the loss and its gradients. Before
+anything is timed, each gradient is compared with that of the textbook formula in float64. Time is process time on a
+CPU, with one thread, and wall time between synchronisations on a GPU. Memory is the peak minus what was there before:
+on a CPU that of a forked child that runs the candidate once, on a GPU the allocator's.
 
-Peers that are not installed are left out. A candidate that runs out of memory has a row that says so. Writes
-benchmarks/results/objective-{cpu,cuda}.{md,json}, again after every table.
+Packages that are not installed are left out. A candidate that runs out of memory has a row that says so. The results
+are written to benchmarks/results/objective-{cpu,cuda}.{md,json} after every table.
 """
 
 import argparse
@@ -52,7 +52,7 @@ Run = Callable[..., tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Case:
-    """One table: which inputs, how large, which objective."""
+    """One table: its inputs, their sizes and the objective."""
 
     source: str  # "logits" or "hidden"
     objective: str  # of SPECS
@@ -71,7 +71,7 @@ class Case:
 @dataclass(frozen=True)
 class Candidate:
     run: Run  # (student, teacher) or (hidden, head, teacher hidden, teacher head) -> gradients
-    exact: bool = True  # the same function, so that its gradient should be that of float64
+    exact: bool = True  # computes the same function, so its gradient should equal that of float64
     inplace: bool = False  # writes into the student's logits
     main_grad: bool = False  # writes into the head's main_grad
 
@@ -90,7 +90,7 @@ class Row:
 
 
 def textbook(student: Tensor, teacher: Tensor, spec: Divergence) -> Tensor:
-    """The divergence as it is written down, of all tokens; exact in float64."""
+    """The textbook divergence, summed over tokens; exact in float64."""
     log_p, log_q = student.log_softmax(-1), teacher.log_softmax(-1)
     p, q = log_p.exp(), log_q.exp()
     if spec.kind == "forward_kl":
@@ -102,7 +102,7 @@ def textbook(student: Tensor, teacher: Tensor, spec: Divergence) -> Tensor:
 
 
 def trl_loss(student: Tensor, teacher: Tensor, spec: Divergence) -> Tensor:
-    """TRL's function as published; the clamp, which it does not have, on its entries."""
+    """TRL's function as published. It has no clamp, so one is applied to its entries."""
     from trl.experimental.gkd import GKDTrainer
 
     beta = 0.0 if spec.kind == "forward_kl" else spec.beta
@@ -112,7 +112,7 @@ def trl_loss(student: Tensor, teacher: Tensor, spec: Divergence) -> Tensor:
 
 
 def from_logits(spec: Divergence, vocab: int) -> dict[str, Candidate]:
-    """Everything that starts from logits [n, v]."""
+    """All candidates that start from logits [n, v]."""
 
     def ours(student: Tensor, teacher: Tensor, **options: Any) -> tuple[Tensor, ...]:
         loss = vocab_parallel_divergence(student, teacher, spec, vocab_size=vocab, tp_group=None, **options).loss.sum()
@@ -142,14 +142,14 @@ def from_logits(spec: Divergence, vocab: int) -> dict[str, Candidate]:
 
 
 def installed(candidates: dict[str, Candidate]) -> dict[str, Candidate]:
-    """Those whose package is here."""
+    """The candidates whose package is installed."""
     modules = {"TRL": "trl", "Megatron": "megatron", "Liger": "liger_kernel"}
     missing = tuple(peer for peer, module in modules.items() if util.find_spec(module) is None)
     return {name: candidate for name, candidate in candidates.items() if not name.startswith(missing)}
 
 
 def from_hidden(spec: Divergence, vocab: int, chunk_size: int) -> dict[str, Candidate]:
-    """Everything that starts from hidden states [n, h] and heads [v, h]."""
+    """All candidates that start from hidden states [n, h] and heads [v, h]."""
 
     def ours(*tensors: Tensor) -> tuple[Tensor, ...]:
         weights = torch.ones(len(tensors[0]), device=tensors[0].device)
@@ -175,7 +175,7 @@ def from_hidden(spec: Divergence, vocab: int, chunk_size: int) -> dict[str, Cand
 
 
 def liger(spec: Divergence) -> dict[str, Candidate]:
-    """Liger's two, which need a GPU and know no entry clip."""
+    """Liger's two functions, which need a GPU and have no entry clip."""
     fused: Any = __import__("liger_kernel.transformers.fused_linear_jsd", fromlist=["_"]).LigerFusedLinearJSD
     chunked: Any = __import__("liger_kernel.chunked_loss", fromlist=["_"]).LigerFusedLinearJSDLoss
     fused_loss = fused(jsd_beta=spec.beta)
@@ -198,7 +198,7 @@ def liger(spec: Divergence) -> dict[str, Candidate]:
 
 
 def make_tensors(case: Case) -> list[Tensor]:
-    """Logits with a standard deviation of two, the teacher's .3 away; or hidden states and heads that give such."""
+    """Logits with a standard deviation of two, the teacher's .3 away; or hidden states and heads that yield them."""
     generator = torch.Generator(case.device).manual_seed(0)
     dtype = getattr(torch, case.dtype)
 
@@ -213,7 +213,7 @@ def make_tensors(case: Case) -> list[Tensor]:
 
 
 def fresh(tensors: list[Tensor], candidate: Candidate) -> list[Any]:
-    """Inputs for one run: the student's are leaves, logits may be overwritten, main_grad is zero and resident."""
+    """Inputs for one run: the student's are leaves, logits may be overwritten, main_grad is allocated and zero."""
     inputs: list[Any] = [tensor.detach() for tensor in tensors]
     if candidate.inplace:
         inputs[0] = inputs[0].clone()
@@ -226,7 +226,7 @@ def fresh(tensors: list[Tensor], candidate: Candidate) -> list[Any]:
 
 
 def exact_gradients(case: Case, few: list[Tensor]) -> tuple[Tensor, ...]:
-    """Float64 autograd's of the textbook formula."""
+    """Gradients of the textbook formula by autograd in float64."""
     inputs = [tensor.double() for tensor in few]
     trained = [tensor.requires_grad_() for tensor in (inputs[:1] if case.source == "logits" else inputs[:2])]
     student, teacher = inputs if case.source == "logits" else (inputs[0] @ inputs[1].t(), inputs[2] @ inputs[3].t())
@@ -234,7 +234,7 @@ def exact_gradients(case: Case, few: list[Tensor]) -> tuple[Tensor, ...]:
 
 
 def gradient_error(run: Run, inputs: list[Any], exact: tuple[Tensor, ...]) -> list[float]:
-    """Relative L2 distance of each gradient from float64's."""
+    """Relative L2 distance of each gradient from that in float64."""
     gradients = run(*inputs)
     return [float((ours - truth).norm() / truth.norm()) for ours, truth in zip(gradients, exact, strict=True)]
 
@@ -254,7 +254,7 @@ def elapsed(run: Run, inputs: list[Any], device: str) -> float:
 
 
 def peak_mib(run: Run, inputs: list[Any], device: str) -> float:
-    """Memory of one run at its height, less what is there before."""
+    """Peak memory of one run, minus what was there before."""
     if device == "cuda":
         gc.collect()
         torch.cuda.reset_peak_memory_stats()
@@ -263,8 +263,8 @@ def peak_mib(run: Run, inputs: list[Any], device: str) -> float:
         return (torch.cuda.max_memory_allocated() - before) / MIB
     receiver, sender = multiprocessing.Pipe(duplex=False)
     if (child := os.fork()) == 0:
-        ctypes.CDLL(None).malloc_trim(0)  # what the parent freed must not be had for nothing
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts at the present size
+        ctypes.CDLL(None).malloc_trim(0)  # memory that the parent freed must count when it is used again
+        Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark to the present size
         before = resident("VmRSS")
         kept = run(*inputs)
         sender.send(resident("VmHWM") - before)
@@ -284,7 +284,7 @@ def resident(name: str) -> float:
 
 @contextmanager
 def out_of_memory_ends(row: Row) -> Iterator[None]:
-    """A candidate that does not fit is a result."""
+    """Catch out-of-memory errors: a candidate that does not fit is also a result."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -292,7 +292,7 @@ def out_of_memory_ends(row: Row) -> Iterator[None]:
 
 
 def measure(case: Case, repeats: int, chunk_size: int) -> list[Row]:
-    """Every candidate's line: checked, then weighed, then timed in turns."""
+    """Every candidate's line: first its gradient is checked, then memory is measured, then they are timed in turns."""
     tensors = make_tensors(case)
     spec = SPECS[case.objective]
     candidates = from_logits(spec, case.vocab) if case.source == "logits" else from_hidden(spec, case.vocab, chunk_size)
@@ -303,7 +303,7 @@ def measure(case: Case, repeats: int, chunk_size: int) -> list[Row]:
         with out_of_memory_ends(rows[name]):
             if each.exact:
                 rows[name].gradient_error = gradient_error(each.run, fresh(few, each), exact)
-    del exact  # gigabytes that the peers need
+    del exact  # gigabytes that the candidates need
     for name, each in candidates.items():
         with out_of_memory_ends(rows[name]):
             rows[name].peak_mib = peak_mib(each.run, fresh(tensors, each), case.device)
@@ -327,7 +327,7 @@ def measure(case: Case, repeats: int, chunk_size: int) -> list[Row]:
 
 
 def as_table(case: Case, rows: list[Row]) -> str:
-    """Markdown; times and memory also relative to the first row's on the same inputs: TRL's, where it is installed."""
+    """Markdown. Times and memory are also relative to the first row on the same inputs: TRL's, if it is installed."""
     base = rows[0]
     first = base.candidate.split(",")[0].split(" on ")[0]
     lines = [
@@ -365,7 +365,7 @@ def environment(device: str, repeats: int) -> dict[str, Any]:
 
 
 def default_cases(device: str, scale: list[int], hidden: list[int]) -> list[Case]:
-    """CPU: one size in float32, and logits in bf16. GPU: the sizes asked for, in bf16, also as a rank of 2 and of 8."""
+    """CPU: one size in float32, and logits in bf16. GPU: the requested sizes in bf16, also as one of 2 and 8 ranks."""
     if device == "cpu":
         logits = [Case("logits", name, 128, VOCAB, 0, "float32", device) for name in SPECS]
         bf16 = Case("logits", "jsd + entry clip", 128, VOCAB, 0, "bfloat16", device)
@@ -393,7 +393,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if args.device == "cpu":
         torch.compiler.set_stance("force_eager")  # what Megatron compiles would need a C++ compiler
-    # For Megatron, a group of one; a real backend's threads do not outlive the fork that weighs the memory.
+    # A group of one for Megatron. It is fake, because a real backend's threads do not survive the fork in `peak_mib`.
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     chunk_size = args.chunk_size or (256 if args.device == "cpu" else 2048)
     conditions = environment(args.device, args.repeats)

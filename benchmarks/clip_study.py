@@ -1,9 +1,9 @@
-"""What each clip does to the gradient, and to the quick start: `python benchmarks/clip_study.py turn|train|report`.
+"""Effects of each clip on the gradient and on the quick start: `python benchmarks/clip_study.py turn|train|report`.
 
-`turn` compares the gradient under every clip with the unclipped one, token by token: for random few-entry
-distributions, for wide ones with a teacher near the student, and for the quick start's own student and teacher before
-their first step. `train` runs the quick start for 20 steps under every clip (about a minute each, after `make demo`
-has made its data). `report` draws docs/clips.png and writes benchmarks/results/clips.md from what the two measured.
+`turn` compares the gradient with every clip with the unclipped one, token by token: for random distributions of few
+entries, for wide ones with a teacher near the student, and for the quick start's student and teacher before their
+first step. `train` runs the quick start for 20 steps with every clip (about a minute each, after `make demo` has made
+its data). `report` draws docs/clips.png and writes benchmarks/results/clips.md from these measurements.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def distributions() -> Iterator[tuple[str, Tensor, Tensor]]:
 
 @torch.no_grad()
 def quick_start_logits() -> tuple[Tensor, Tensor]:
-    """Of the quick start's base at the tokens of its own sampled answers, without and with the solution in sight."""
+    """Logits of the quick start's base at the tokens of its own sampled answers, without and with the solution."""
     from transformers import AutoModelForCausalLM
 
     from megatron_opsd.config_file import load_config
@@ -81,7 +81,7 @@ def quick_start_logits() -> tuple[Tensor, Tensor]:
 
 
 def gradient(student: Tensor, teacher: Tensor, spec: Divergence) -> tuple[Tensor, Tensor]:
-    """The gradient of each token's loss to the student's logits, and whether the clip touches the token."""
+    """The gradient of each token's loss with respect to the student's logits, and whether the clip affects it."""
     leaf = student.clone().requires_grad_()
     out = vocab_parallel_divergence(leaf, teacher, spec, vocab_size=student.shape[1], tp_group=None)
     return torch.autograd.grad(out.loss.sum(), leaf)[0], out.clip_count > 0
@@ -94,7 +94,7 @@ def turn() -> list[Row]:
         for kind in KINDS:
             straight, _ = gradient(student, teacher, Divergence(kind=kind))
             length = straight.norm(dim=1)
-            # Tokens on which both sides agree have no direction to lose.
+            # Where both sides agree, the gradient is nearly zero and its direction means nothing.
             counted = length > 1e-3
             for mode, clip in CLIPS[1:]:
                 bent, touched = gradient(student, teacher, divergence(kind, mode, clip))
@@ -118,7 +118,7 @@ def turn() -> list[Row]:
 
 
 def train(done: list[Row], target: Path) -> None:
-    """The quick start under every clip, one run after the other, each saved; those done are not run again."""
+    """Run the quick start with every clip, one after the other. Saved runs are not repeated."""
     for kind, (mode, clip) in product(KINDS, CLIPS):
         if any((row["kind"], row["mode"], row["clip"]) == (kind, mode, clip) for row in done):
             continue
@@ -187,7 +187,7 @@ def as_tables(turned: list[Row], trained: list[Row]) -> str:
 
 
 def draw(turned: list[Row], trained: list[Row], target: Path) -> None:
-    """A column of panels a kind: share of opposed tokens, and accuracy after training, by clip; dotted: before."""
+    """A column of panels per kind: share of opposed tokens, and accuracy after training (dotted: before), by clip."""
     import matplotlib as mpl
 
     mpl.use("Agg")

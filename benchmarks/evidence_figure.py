@@ -20,7 +20,7 @@ FRESH = {
     "dither-1e-6": "1e-6, dithered",
     "warmup-1e-6": "1e-6, dithered, with warm-up",
 }
-WINDOW = 3  # steps of a moving mean, for fresh rollouts
+WINDOW = 3  # steps of the moving mean for fresh rollouts
 
 
 def draw(axes: tuple[Axes, Axes], name: str, label: str, window: int) -> None:

@@ -1,4 +1,4 @@
-"""What an objective does to a model on one batch that stays the same.
+"""Effects of an objective on a model, measured on one fixed batch.
 
     python benchmarks/fixed_batch.py write FILE.toml BATCH.jsonl [--section.key VALUE ...]
     python benchmarks/fixed_batch.py measure FILE.toml BATCH.jsonl OUT.json [--student DIR] [...]
@@ -7,13 +7,13 @@
     python benchmarks/fixed_batch.py overfit FILE.toml BATCH.jsonl OUT.jsonl [...]
     python benchmarks/fixed_batch.py carry FILE.toml BATCH.jsonl OUT.jsonl [...]
 
-`write` lets the model write a response to each of the first `train.global_batch_size` problems of the data. The other
-commands read them: as the teacher, which is that model, and as the student, which may be a trained one. `measure`
-does no more. `slopes` says in first order what a step along each objective's gradient would do to the unclipped
-divergences and to the student's entropy. `step` takes such small steps, from the same weights each time, and compares.
-`overfit` trains on the batch for `train.steps` plain steps with the file's objective and optimizer. `carry` takes
-Adam's first step on some sequences and measures what it does to the batch's last third, which it did not see. One
-process, as many threads as OMP_NUM_THREADS.
+`write` makes the model write a response to each of the first `train.global_batch_size` problems of the data. The other
+commands compute the divergences on these responses. The teacher is that model; the student may be a trained one.
+`measure` does only this. `slopes` computes the first-order effect of a step along each objective's gradient on the
+unclipped divergences and on the student's entropy. `step` takes such small steps, each from the same weights, and
+compares. `overfit` trains on the batch for `train.steps` steps with the file's objective and optimizer. `carry` takes
+Adam's first step on some sequences and measures its effect on the last third of the batch, which is held out. They run
+in one process, with OMP_NUM_THREADS threads.
 """
 
 import argparse
@@ -50,9 +50,9 @@ from megatron_opsd.weights.mapping import NameTable
 
 KINDS: tuple[KindName, ...] = ("forward_kl", "reverse_kl", "jsd")
 CLIPS: tuple[tuple[str, float | None], ...] = (("none", None), ("entry", 0.05), ("token", 0.5), ("saturate", 0.05))
-SHARE = 0.02  # of the divergence, which a step along its unclipped gradient is predicted to take away
+SHARE = 0.02  # share of the divergence that a step along its unclipped gradient is predicted to remove
 CHUNK = 256
-# Adam's first steps: a learning rate, which is every weight's change, and how the weights are rounded.
+# Adam's first steps: a learning rate, which is the change of every weight, and how the weights are rounded.
 STEPS = (
     *((lr, "none") for lr in (3e-7, 1e-6, 3e-6, 1e-5)),
     *((lr, rounding) for lr in (1e-6, 3e-6) for rounding in ("bfloat16", "dither")),
@@ -60,7 +60,7 @@ STEPS = (
 
 
 def write(config: Config, batch: Path) -> None:
-    """Responses of the model to the first problems, with what is needed to train on them."""
+    """Write responses of the model to the first problems, with everything that training on them needs."""
     parallel.initialize(config.parallel, config.train.seed)
     prompts, reader = build_prompts(config), HFReader(config.model.path)
     table = NameTable(read_architecture(config.model.path))
@@ -119,7 +119,7 @@ class Study:
         return model
 
     def backward(self, part: slice = slice(None)) -> dict[str, float]:
-        """Gradients of the student's objective on some micro-batches into the gradient buffer; returns the metrics."""
+        """Put the gradients of the objective on some micro-batches into the gradient buffer; returns the metrics."""
         head = self.teacher.head_weight()
         return self.student.forward_backward(self.microbatches[part], head, self.teacher_hidden[part]).means()
 
@@ -129,9 +129,9 @@ class Study:
 
     @torch.no_grad()
     def move(self, length: float, direction: Tensor, rounding: str = "none") -> None:
-        """The weights of the start and ``length`` times a direction, laid out as the gradient buffer.
+        """Set the weights to those of the start plus ``length`` times a direction, laid out as the gradient buffer.
 
-        rounding: "bfloat16" rounds the sum, "dither" rounds it from where ``optim.dither`` starts.
+        rounding: "bfloat16" rounds the sum; "dither" also rounds it, but starts where ``optim.dither`` does.
         """
         generator = torch.Generator().manual_seed(0)
         for parameter, start in zip(self.student.model.parameters(), self.start, strict=True):
@@ -141,7 +141,7 @@ class Study:
             parameter.copy_(whole if rounding == "none" else whole.bfloat16())
 
     def place(self, parameter: Tensor) -> slice:
-        """Where a parameter's gradient is in the gradient buffer."""
+        """The place of a parameter's gradient in the gradient buffer."""
         main_grad: Tensor = parameter.main_grad  # type: ignore[attr-defined]
         offset = (main_grad.data_ptr() - self._buffer().data_ptr()) // main_grad.element_size()
         return slice(offset, offset + parameter.numel())
@@ -180,7 +180,7 @@ class Study:
         return sum(len(microbatch.response_ids) for microbatch in self.microbatches[part])
 
     def entropy_backward(self) -> None:
-        """The gradient of the student's mean entropy into the gradient buffer: dH/dz = -p (log p + H)."""
+        """Put the gradient of the student's mean entropy into the gradient buffer: dH/dz = -p (log p + H)."""
         self.student.ddp.zero_grad_buffer()
         head = self.student.model.head_weight()
         for microbatch in self.microbatches:
@@ -203,7 +203,7 @@ class Study:
 
 
 def measure(study: Study, out: Path) -> None:
-    """Divergences of student and teacher, entropies and agreement, of each micro-batch and of all tokens."""
+    """Measure divergences, entropies and agreement of student and teacher, for each micro-batch and for all tokens."""
     parts = [slice(i, i + 1) for i in range(len(study.microbatches))]
     rows = [{"tokens": study.tokens(part), **study.measure(part)} for part in parts]
     whole = {name: sum(row["tokens"] * row[name] for row in rows) / study.tokens() for name in rows[0]}
@@ -227,7 +227,7 @@ def objectives(study: Study) -> Iterator[tuple[dict[str, Any], Tensor]]:
 
 
 def slopes(study: Study, out: Path) -> None:
-    """What Adam's first step at ``optim.lr`` would do to the divergences and to the entropy, in first order."""
+    """The first-order effect of Adam's first step at ``optim.lr`` on the divergences and on the entropy."""
     before, rows, lr = study.measure(), [], study.config.optim.lr
     study.entropy_backward()
     slopes = {"entropy_student": study.gradient()}
@@ -241,7 +241,7 @@ def slopes(study: Study, out: Path) -> None:
 
 
 def step(study: Study, out: Path) -> None:
-    """One step of the same length along each objective's gradient, and along its signs, which is Adam's first step."""
+    """Take a step of the same length along each objective's gradient, and along its signs, as Adam's first step."""
     before, rows = study.measure(), []
     study.entropy_backward()
     of_entropy = study.gradient()
@@ -268,10 +268,10 @@ def step(study: Study, out: Path) -> None:
 
 
 def carry(study: Study, out: Path) -> None:
-    """Adam's first step on 1, 4, 16, ... of the first micro-batches, and what the last third of them makes of it.
+    """Take Adam's first step on the first 1, 4, 16, ... micro-batches, and measure its effect on the last third.
 
-    A slope is how fast a divergence changes along the step: of the sequences the step was made from, of those it did
-    not see, and of these by the head alone (and, where they are tied, the embedding).
+    A slope is how fast a divergence changes along the step. There are three: on the step's own sequences, on the
+    held-out ones, and on the held-out ones by the head alone (if tied: with the embedding).
     """
     config, rows, kind = study.config, [], study.config.objective.kind
     assert len(study.microbatches) >= 3, "carry needs three micro-batches: set train.micro_batch_size lower"
@@ -303,7 +303,7 @@ def carry(study: Study, out: Path) -> None:
 
 
 def learn(study: Study) -> Iterator[dict[str, float]]:
-    """``train.steps`` steps on the batch from the start; the metrics before each, and after the last."""
+    """Take ``train.steps`` steps on the batch from the start; yields the metrics before each and after the last."""
     config = study.config
     study.move(0.0, study.gradient())
     optimizer = build_optimizer(study.student, config.optim)
@@ -317,7 +317,7 @@ def learn(study: Study) -> Iterator[dict[str, float]]:
 
 
 def overfit(study: Study, out: Path) -> None:
-    """The metrics of :func:`learn`, as they come."""
+    """Print and write the metrics of :func:`learn` step by step."""
     rows = []
     for row in learn(study):
         rows.append(row)

@@ -1,7 +1,7 @@
-"""The objective's rounding errors beside the textbook's: `python benchmarks/precision.py`, seconds on a CPU.
+"""Compares the objective's rounding errors with the textbook's: `python benchmarks/precision.py`, seconds on a CPU.
 
-Prints the table of docs/numerics.md: the largest relative error over 16 tokens and all kinds, against the textbook in
-float64 on the same inputs. "Textbook" is log_softmax and autograd in float32.
+Prints the table of docs/numerics.md: the largest relative error over 16 tokens and all kinds. The reference is the
+textbook in float64 on the same inputs. "Textbook" is log_softmax and autograd in float32.
 """
 
 from itertools import product
@@ -49,7 +49,7 @@ def pair(dtype: torch.dtype, distance: float | None) -> tuple[Tensor, Tensor]:
         return student, (3 * other).to(dtype)
     if dtype is torch.float32:
         return student, student + distance * noise
-    # bf16 knows no such steps: move a tenth of the share of logits by a unit or two in their last place
+    # bf16 has no steps that small: move a share of the logits by a unit or two in their last place instead
     return student, torch.where(noise.abs() < 10 * distance, student * (1 + 2**-7), student)
 
 

@@ -1,9 +1,9 @@
-"""What a teacher makes of the solution it is shown: `python benchmarks/teacher_prompt.py FILE.toml OUT.json`.
+"""How a teacher uses the solution in its prompt: `python benchmarks/teacher_prompt.py FILE.toml OUT.json`.
 
-The model of FILE.toml answers the problems of `evaluate.data` with the student's prompt, and again with the teacher's.
-Then transformers reads greedy responses (tokenized again) and reference solutions under both prompts: the mean log-prob
-of a token, how often both sides put the same token first, and which tokens are at both ends. Settings are overridden as
-a run's are.
+The model of FILE.toml answers the problems of `evaluate.data` with the student's prompt and with the teacher's. Then
+transformers scores greedy responses (tokenized again) and reference solutions with both prompts: the mean log-prob of a
+token, how often both sides put the same token first, and which tokens are at both ends. Settings can be overridden as
+in a run.
 """
 
 import argparse
@@ -29,12 +29,12 @@ from megatron_opsd.weights.architecture import read_architecture
 from megatron_opsd.weights.hf_files import HFReader
 from megatron_opsd.weights.mapping import NameTable
 
-READ = 20  # problems whose responses and solutions transformers reads
+READ = 20  # problems whose responses and solutions transformers scores
 ENDS = 3  # tokens of a response's beginning and end
 
 
 class TeacherAsStudent(PromptBuilder):
-    """Asks as the teacher is asked."""
+    """Builds the teacher's prompt instead of the student's."""
 
     def student(self, example: Example) -> list[int]:
         return self.teacher(example)
@@ -70,7 +70,7 @@ class Reader:
 
     @torch.no_grad()
     def read(self, prompt: list[int], ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of each token of ``ids`` its log-prob, and the likeliest token in its place; both [n]."""
+        """The log-prob of each token of ``ids``, and the likeliest token in its place; both [n]."""
         logits = self._model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
         log_p = logits.log_softmax(-1)
         return log_p.gather(1, torch.tensor(ids)[:, None])[:, 0], log_p.argmax(-1)

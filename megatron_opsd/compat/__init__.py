@@ -1,1 +1,1 @@
-"""What is patched, or private and used, in Megatron, vLLM and torch. Each says for which version and why."""
+"""Patches of Megatron, vLLM and torch, and uses of their private names, each with its version and reason."""

@@ -1,7 +1,7 @@
-"""Lets Megatron-Core run on CPU and gloo. `parallel.py` installs it where there is no GPU; nothing else knows.
+"""Lets Megatron-Core run on CPU and gloo. Only `parallel.py` knows this file; it installs it if there is no GPU.
 
-Megatron names CUDA in hundreds of places. Here the current device answers with the CPU, tensors asked for on
-"cuda" are made on the CPU, and streams do nothing.
+Megatron names CUDA in hundreds of places. With these patches the current device is the CPU, tensors for "cuda" are made
+on the CPU, and streams do nothing.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 
 class _Stream:
-    """A CUDA stream or event on a device that runs everything in order."""
+    """Stands for a CUDA stream or event. A CPU runs everything in order, so it does nothing."""
 
     def __init__(self, *_: object, **__: object) -> None: ...
     def wait_stream(self, *_: object) -> None: ...
@@ -44,7 +44,7 @@ class _Stream:
 
 def install() -> None:
     """Patch torch.cuda. Call once, before Megatron is imported."""
-    torch._dynamo.config.disable = True  # Megatron compiles small functions: minutes of C++ builds on a CPU
+    torch._dynamo.config.disable = True  # Megatron compiles small functions, which takes minutes of C++ builds on a CPU
     cuda: Any = torch.cuda
     cuda.current_device = lambda: CPU
     cuda.synchronize = lambda *_, **__: None
@@ -71,13 +71,13 @@ def _repair_rng() -> None:
 
 
 def _repair_moe_dispatcher() -> None:
-    """Give torch the sizes of an all-to-all as lists, which Megatron makes only of tensors that come from a GPU."""
+    """Give torch the sizes of an all-to-all as lists. Megatron only converts tensors from a GPU to lists."""
     from megatron.core.transformer.moe import token_dispatcher
 
     def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.tolist() if as_numpy and torch.is_tensor(tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = move
-    # Else it takes what torch.cuda.Stream is by then, and vLLM has put its own stand-in there, which records no events.
+    # Set it here: later, torch.cuda.Stream may be vLLM's own stand-in, which cannot record events.
     dispatcher: Any = token_dispatcher.MoEAlltoAllTokenDispatcher
     dispatcher.cuda_dtoh_stream = _Stream()

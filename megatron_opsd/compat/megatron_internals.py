@@ -1,4 +1,4 @@
-"""What is patched or private in Megatron-Core. Written for 0.16; tests/unit/test_compat.py says when to look again."""
+"""Patches and private names of Megatron-Core 0.16. tests/unit/test_compat.py fails when they need another look."""
 
 from collections.abc import Iterator
 from itertools import chain
@@ -17,9 +17,9 @@ from torch import Tensor
 
 
 class GPTWithoutLogits(GPTModel):
-    """GPTModel whose last stage returns final-normed hidden states, so that whole logits never exist.
+    """GPTModel whose last stage returns hidden states after the final norm, so that whole logits never exist.
 
-    Megatron has no switch for it. This overrides the private method that makes logits and a loss of them.
+    Megatron has no option for this. It overrides the private method that computes logits and their loss.
     """
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -27,12 +27,12 @@ class GPTWithoutLogits(GPTModel):
 
 
 def define_te_general_gemm() -> None:
-    """Define a name that Megatron's router reads, and leaves undefined without Transformer Engine."""
+    """Define a name that Megatron's router reads but leaves undefined without Transformer Engine."""
     moe_utils.te_general_gemm = None
 
 
 def main_params(optimizer: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor, slice]]:
-    """The bfloat16 weights, the optimizer's float32 parameters for them, and which elements of the weight these are."""
+    """Each bfloat16 weight, this rank's float32 parameter for it, and the elements of the weight that it covers."""
     for part in _parts(optimizer):
         distributed = isinstance(part, DistributedOptimizer)
         weights = part.model_float16_groups if distributed else part.float16_groups
@@ -46,7 +46,7 @@ def main_params(optimizer: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor, 
 
 
 def clip_gradients(optimizer: MegatronOptimizer, grad_norm: float) -> None:
-    """Scale the gradients down to ``clip_grad``. ``optimizer.step`` would compute their norm for it once more."""
+    """Scale the gradients down to ``clip_grad``. ``optimizer.step`` would compute their norm a second time for this."""
     for part in _parts(optimizer):
         parameters = part.get_parameters()
         if parameters and part.config.clip_grad > 0.0:
@@ -54,12 +54,12 @@ def clip_gradients(optimizer: MegatronOptimizer, grad_norm: float) -> None:
 
 
 def moments(optimizer: MegatronOptimizer) -> list[Tensor]:
-    """Adam's moments; none before its first step."""
+    """Adam's moments; empty before its first step."""
     found = []
     for part in _parts(optimizer):
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:
-                # Megatron takes an entry, even an empty one, for states that it need not make when it loads.
+                # Use get, because any entry, even an empty one, keeps Megatron from making the states when it loads.
                 states = part.optimizer.state.get(parameter, {}).values()
                 found += [state for state in states if torch.is_tensor(state) and state.dim()]
     return found
@@ -72,16 +72,16 @@ def _parts(optimizer: MegatronOptimizer) -> list[Any]:
 def report_through(manager: SyncManager) -> None:
     """Let the writers of checkpoints report through this manager's process.
 
-    Megatron's own would end by the signals that SLURM sends to all processes of a job, in the middle of the save that
-    they ask for, and would outlive a rank that is killed.
+    SLURM sends the signals that ask for a save to all processes of a job. They would end Megatron's own manager in the
+    middle of that save. It would also outlive a rank that is killed.
     """
     filesystem_async._results_queue = manager.Queue()
 
 
 def repair_checkpoints_of_torch_adam() -> None:
-    """Round-trip torch's Adam through the distributed optimizer's checkpoints (three repairs, see the comments).
+    """Make the distributed optimizer's checkpoints work with torch's Adam (three repairs, see the comments).
 
-    Megatron is written for the fused Adam of Transformer Engine or Apex and takes torch's where neither is installed.
+    Megatron is written for the fused Adam of Transformer Engine or Apex and uses torch's if neither is installed.
     """
     describe_state, load_state_dict = DistributedOptimizer.state_dict, DistributedOptimizer.load_state_dict
 
@@ -98,15 +98,15 @@ def repair_checkpoints_of_torch_adam() -> None:
 
     def load(self: Any, state_dict: dict) -> None:
         load_state_dict(self, state_dict)
-        for param_state in self.optimizer.state.values():  # Megatron restores one shared tensor, and torch's Adam
-            param_state["step"] = param_state["step"].clone()  # would count it up once for each parameter
+        for param_state in self.optimizer.state.values():  # Megatron restores one tensor for all parameters, and
+            param_state["step"] = param_state["step"].clone()  # torch's Adam would increment it once for each
 
     @torch.no_grad()
     def set_states(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
         group, order = self.model_param_group_index_map[model_param]
         main_param = self.optimizer.param_groups[group]["params"][order]
         for key, target in {"param": main_param, **self.optimizer.state[main_param]}.items():
-            if key != "step":  # only torch's Adam has it in the state; Megatron keeps it in the group
+            if key != "step":  # only torch's Adam keeps it in the state; Megatron has it in the group
                 target.copy_(tensors[key])
 
     DistributedOptimizer.state_dict = describe

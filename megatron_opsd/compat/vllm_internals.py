@@ -1,6 +1,6 @@
-"""What is patched or private in vLLM. Written for 0.32; tests/unit/test_compat.py says when to look again.
+"""Patches and private names of vLLM 0.32. tests/unit/test_compat.py fails when they need another look.
 
-Nothing is imported from vLLM before a function is called, so that vLLM's environment is there first.
+vLLM is imported only inside functions, because its environment variables have to be set before that.
 """
 
 import os
@@ -14,9 +14,9 @@ from torch import nn
 def before_reload(model: nn.Module, model_config: Any) -> None:
     """Call before each reload of all weights.
 
-    A reload that broke off leaves layers half loaded, and their tensors would count towards this one: they are dropped.
-    On CPU, vLLM packs the experts when it first makes their kernel, but copies those of a reload in unpacked: without
-    its kernel a layer takes them as its first.
+    An interrupted reload leaves layers half loaded, and vLLM would count their tensors for the next reload. Drop them.
+    On CPU, vLLM packs the experts only when it first makes their kernel; a reload would copy them in unpacked. Remove
+    the kernel, so that vLLM treats the reload like the first load.
     """
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
@@ -31,7 +31,7 @@ def before_reload(model: nn.Module, model_config: Any) -> None:
 
 
 def after_reload(model: nn.Module) -> None:
-    """Call after each reload: on CPU, vLLM packs a copy of the head, stale where the embedding is the head."""
+    """Call after each reload. On CPU vLLM keeps a packed copy of the head. If tied, a reload leaves the copy stale."""
     if not torch.cuda.is_available():
         head = model.get_submodule("lm_head")
         head.quant_method.process_weights_after_loading(head)  # type: ignore[union-attr, operator]
@@ -40,8 +40,9 @@ def after_reload(model: nn.Module) -> None:
 def repair_shared_memory() -> None:
     """On CPU, let several runs share a machine. Call before an engine of several ranks starts in its own processes.
 
-    vLLM 0.32 names the memory that the ranks of an engine share after the ranks alone, if torchrun started them, and a
-    killed run leaves it behind. The next run then fails. Here the name has the run's port, and goes once all have it.
+    The ranks of an engine share memory. If torchrun started them, vLLM 0.32 names it only after the ranks, and a killed
+    run leaves it behind. The next run then fails. Here the name contains the run's port and is removed once all ranks
+    have opened it.
     """
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
 
@@ -49,7 +50,7 @@ def repair_shared_memory() -> None:
 
     def join_and_unlink(self: Any) -> int:
         self.group_name = os.environ["MASTER_PORT"] + self.group_name.lstrip("/")
-        handle = join(self)  # its last act is a barrier
+        handle = join(self)  # ends with a barrier
         Path(f"/dev/shm/{self.group_name}_{self.communicator.rank}").unlink(missing_ok=True)
         return handle
 
@@ -57,7 +58,7 @@ def repair_shared_memory() -> None:
 
 
 def sleeping_bytes() -> int:
-    """Bytes of vLLM's memory pools that sleep in this process: torch's allocator knows nothing of that."""
+    """Bytes of vLLM's memory pools that sleep in this process. torch's allocator still counts them as allocated."""
     from vllm.device_allocator.cumem import CuMemAllocator
 
     allocator = CuMemAllocator.get_instance()

@@ -1,8 +1,8 @@
-"""A whole model as a list of blocks: what Megatron's checkpoint calls a piece of a tensor, and which Hugging Face rows
-it is made of. The same list serves both directions, the verification, and any number of ranks.
+"""A whole model as a list of blocks: pieces of tensors in Megatron's checkpoint, with the Hugging Face rows that they
+are made of. The same list is used for both directions, for the verification and for any number of ranks.
 
-Checkpoints know no layout: tensors are whole, those of all layers stacked, those of all experts too. A key is the
-parameter's name without its numbers, as Transformer Engine's layers have it.
+Checkpoints do not depend on the layout: tensors are whole, and those of all layers and all experts are stacked. A key
+is the parameter's name in Transformer Engine's layers, without the numbers.
 """
 
 import math
@@ -17,9 +17,9 @@ from megatron_opsd.weights.tables import FAMILIES, Row
 class Block:
     """Rows of one layer's (and expert's) part of a tensor.
 
-    keys: the tensor in the checkpoint; where there are two names, layers ask for one or the other.
+    keys: names of the tensor in the checkpoint; if there are two, a model's layers ask for one or the other.
     shape: of the whole tensor, layers and experts first.
-    offset, size: where the block lies in it. ``lead`` of the axes count layers and experts.
+    offset, size: the block's place in it. The first ``lead`` axes count layers and experts.
     rule: how the block is made of the rows ``start:stop`` of each of the rule's Hugging Face tensors.
     """
 
@@ -38,9 +38,9 @@ class Block:
 
     @property
     def extra_state(self) -> str | None:
-        """The object that Megatron's linear layers keep beside their weight: empty, but missed when it is not there.
+        """The key of the object that Megatron's linear layers store with their weight. It is empty, but required.
 
-        The first block of a weight brings it.
+        The first block of a weight has it.
         """
         module, _, parameter = self.keys[0].rpartition(".")
         if parameter != "weight" or ".linear_" not in module or any(self.offset[self.lead :]):
@@ -52,7 +52,7 @@ class Block:
 def whole_model(table: NameTable, max_elements: float = math.inf) -> Iterator[Block]:
     """All blocks, layer by layer; the blocks of one Hugging Face tensor follow one another.
 
-    max_elements: of a block. What is fused by query groups is one block, whatever its size.
+    max_elements: of a block. A tensor that is fused by query groups is one block of any size.
     """
     arch = table.arch
     rows = FAMILIES[arch.family]
@@ -87,7 +87,7 @@ def _blocks(table: NameTable, row: Row, max_elements: float, numbers: dict[str, 
         return
     step = max(1, int(min(max_elements, rows * math.prod(columns)) // math.prod(columns)))
     first = 0
-    for name, hf_shape in rule.hf.items():  # one after the other: each is blocks of its own
+    for name, hf_shape in rule.hf.items():  # they follow one another, so each has its own blocks
         for start in range(0, hf_shape[0], step):
             stop = min(start + step, hf_shape[0])
             yield block(replace(rule, hf={name: hf_shape}), first + start, stop - start, start, stop)
@@ -98,6 +98,6 @@ def _keys(row: Row) -> tuple[str, ...]:
     if "{expert}" in row.megatron:
         return (row.megatron.replace("{layer}.", "").replace("local_experts.{expert}", "experts"),)
     key = (row.transformer_engine or row.megatron).replace("{layer}.", "")
-    # The norm before experts: Megatron's local layers write the name that Transformer Engine's have only where there
-    # are no experts.
+    # For the norm before experts, Megatron's local layers write the name that Transformer Engine's layers only have
+    # without experts.
     return (key, key.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")) if "pre_mlp" in key else (key,)

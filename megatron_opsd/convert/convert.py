@@ -1,6 +1,6 @@
-"""Hugging Face directories into Megatron's distributed checkpoints and back, one tensor in memory at a time.
+"""Converts Hugging Face directories to Megatron's distributed checkpoints and back, one tensor in memory at a time.
 
-In one process, or in several under torchrun that share the work and the disk.
+It runs in one process, or in several under torchrun that share the work and the disk.
 """
 
 import os
@@ -33,18 +33,18 @@ from megatron_opsd.weights.hf_files import (
 )
 from megatron_opsd.weights.mapping import NameTable, Shape
 
-BLOCK_ELEMENTS = 2**23  # 16 MiB in bfloat16: what is written at a time, and what a rank must read to load a part of it
+BLOCK_ELEMENTS = 2**23  # 16 MiB in bfloat16: the unit of writing; a rank that needs a part of a block must read it all
 MODEL_FILES = "hf"  # where a converted checkpoint keeps the configuration and the tokenizer
 
 
 def hf_to_megatron(hf: Path, megatron: Path, dtype: torch.dtype | None, verify: bool) -> None:
     """Write the model of ``hf`` as a distributed checkpoint that any layout can load.
 
-    dtype: of the result; that of the files where None.
+    dtype: of the result; None keeps that of the files.
     verify: read both back and compare the checksum of every tensor before the result gets its name.
 
     Raises:
-        UserError: the model is not supported or not whole, ``megatron`` exists, or cannot be written.
+        UserError: the model is not supported or incomplete, or ``megatron`` exists or cannot be written.
     """
     rank, world_size = _rank_and_world_size()
     table = NameTable(read_architecture(hf))
@@ -58,7 +58,7 @@ def hf_to_megatron(hf: Path, megatron: Path, dtype: torch.dtype | None, verify: 
 
             def read(block: Block) -> Tensor:
                 advance(_bytes([block], dtype))
-                return block.rule.fuse(_read_hf(source, block, dtype)).clone()  # in memory, not mapped any more
+                return block.rule.fuse(_read_hf(source, block, dtype)).clone()  # no longer mapped from the file
 
             write_checkpoint(staging, share, dtype, _ahead(read, share))
         if rank == 0:
@@ -71,11 +71,11 @@ def hf_to_megatron(hf: Path, megatron: Path, dtype: torch.dtype | None, verify: 
 def megatron_to_hf(megatron: Path, hf: Path, verify: bool) -> None:
     """Write the model of a distributed checkpoint as a Hugging Face directory.
 
-    megatron: what :func:`hf_to_megatron` wrote, or a checkpoint of a run, of any layout.
+    megatron: a checkpoint written by :func:`hf_to_megatron` or by a run, with any layout.
     verify: read both back and compare the checksum of every tensor before the result gets its name.
 
     Raises:
-        UserError: the checkpoint is not whole or not of this model, ``hf`` exists, or cannot be written.
+        UserError: the checkpoint is incomplete or not of this model, or ``hf`` exists or cannot be written.
     """
     rank, world_size = _rank_and_world_size()
     source = DistReader(megatron)
@@ -108,7 +108,7 @@ def _read_hf(source: HFReader, block: Block, dtype: torch.dtype) -> list[Tensor]
 
 
 def _ahead(read: Callable[[Block], Tensor], blocks: Iterable[Block]) -> Iterator[Tensor]:
-    """What ``read`` returns for each block; it reads the next one while the caller works on this one."""
+    """Yield ``read(block)`` for each block; a thread reads the next one while the caller works on this one."""
     with ThreadPoolExecutor(1) as thread:
         coming: deque[Future[Tensor]] = deque()
         for block in blocks:
@@ -119,10 +119,10 @@ def _ahead(read: Callable[[Block], Tensor], blocks: Iterable[Block]) -> Iterator
 
 
 def _verify(hf: HFReader, megatron: DistReader, blocks: Sequence[Block], dtype: torch.dtype) -> None:
-    """Compare the checksums of what both directories hold in ``blocks``.
+    """Compare the checksums of ``blocks`` in both directories.
 
     Raises:
-        UserError: the first tensor that differs.
+        UserError: a tensor differs; names the first one.
     """
     with _progress("verifying ", _bytes(blocks, dtype)) as advance:
         for block in blocks:
@@ -134,7 +134,7 @@ def _verify(hf: HFReader, megatron: DistReader, blocks: Sequence[Block], dtype: 
 
 
 def _model_files(megatron: Path) -> Path:
-    """Where the configuration and the tokenizer of a checkpoint are: in it, or where the run took its model from."""
+    """The folder with a checkpoint's configuration and tokenizer: in the checkpoint, or the model that the run used."""
     if (megatron / MODEL_FILES).is_dir():
         return megatron / MODEL_FILES
     run = megatron.resolve().parents[1] / "config.toml"
@@ -156,7 +156,7 @@ def _bytes(blocks: Iterable[Block], dtype: torch.dtype) -> int:
 
 
 def _split_into_shards(blocks: Iterable[Block], dtype: torch.dtype) -> list[list[Block]]:
-    """Blocks of each safetensors file; no tensor is in two."""
+    """The blocks of each safetensors file. No tensor is in two files."""
     shards: list[list[Block]] = [[]]
     size = 0
     for _, group in groupby(blocks, key=lambda block: tuple(block.rule.hf)):
@@ -171,12 +171,12 @@ def _split_into_shards(blocks: Iterable[Block], dtype: torch.dtype) -> list[list
 
 @contextmanager
 def _new_directory(target: Path, size: int) -> Iterator[Path]:
-    """A directory beside ``target`` that gets its name at the end of the block, when all of it is on the disk.
+    """A directory beside ``target`` that is renamed to it at the end of the block, when all of it is on the disk.
 
-    What an earlier attempt has left there is removed first.
+    The leftovers of an earlier attempt are removed first.
 
     Raises:
-        UserError: ``target`` exists, its disk has not ``size`` bytes left, or fails.
+        UserError: ``target`` exists, or its disk has fewer than ``size`` bytes left or fails.
     """
     rank, _ = _rank_and_world_size()
     staging = target.with_name(f".{target.name}.tmp")
@@ -205,7 +205,7 @@ def _new_directory(target: Path, size: int) -> Iterator[Path]:
 
 
 def _settle(directory: Path) -> None:
-    """Wait for all ranks' files to be on the disk, and let memory forget them: what is read next is what is there."""
+    """Write all ranks' files to the disk and drop them from the page cache, so that the next read is from the disk."""
     _barrier()
     if _rank_and_world_size()[0] == 0:
         for path in [*directory.rglob("*"), directory]:
@@ -225,7 +225,7 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def _progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Bytes, speed and time left on the terminal of rank 0, of its share of the work."""
+    """Show bytes, speed and time left on the terminal of rank 0, for its share of the work."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, TimeRemainingColumn(), disable=_rank_and_world_size()[0] > 0) as progress:
         task = progress.add_task(title, total=total)

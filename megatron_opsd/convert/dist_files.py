@@ -1,7 +1,7 @@
-"""Megatron's distributed checkpoints (torch_dist): blocks of tensors written and read one at a time.
+"""Writes and reads Megatron's distributed checkpoints (torch_dist), one block of a tensor at a time.
 
-torch.distributed.checkpoint writes and reads the files. It asks a planner for each tensor when it writes it, so no
-more than a block need be in memory. Megatron adds ``common.pt`` and ``metadata.json``.
+torch.distributed.checkpoint writes and reads the files. It asks a planner for each tensor when it writes it, so only
+one block has to be in memory. Megatron adds ``common.pt`` and ``metadata.json``.
 """
 
 import io
@@ -53,23 +53,24 @@ _CONFIG = {
 
 
 def write_checkpoint(path: Path, blocks: Sequence[Block], dtype: torch.dtype, tensors: Iterator[Tensor]) -> None:
-    """Write a checkpoint of which this rank has ``blocks``, all ranks together.
+    """Write a checkpoint; this rank contributes ``blocks``. All ranks call this together.
 
-    tensors: the values of each block in ``dtype``, layers and experts aside; the next is asked for when it is written.
+    tensors: the values of each block in ``dtype``, without axes for layers and experts. Each is requested when it is
+        about to be written.
 
     Raises:
         OSError: a file cannot be written.
-        UserError: what ``tensors`` has raised on any rank.
+        UserError: ``tensors`` raised it on some rank.
     """
     try:
-        # Without the archives' own checksums, which torch.load does not look at and which take half the time.
+        # Turn off the archives' own checksums: they take half the time, and torch.load does not check them.
         with _config.patch("save.compute_crc32", False), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             planner = _BlockPlanner(blocks, dtype, tensors)
             save({}, storage_writer=FileSystemWriter(path), planner=planner, no_dist=not dist.is_initialized())
     except CheckpointException as error:
         cause, _ = next(iter(error.failures.values()))
-        if isinstance(cause.__context__, OSError):  # of which torch.save has made an error of its own
+        if isinstance(cause.__context__, OSError):  # torch.save has replaced it by another error
             cause = cause.__context__
         raise cause from None
     if not dist.is_initialized() or dist.get_rank() == 0:
@@ -78,7 +79,7 @@ def write_checkpoint(path: Path, blocks: Sequence[Block], dtype: torch.dtype, te
 
 
 class _BlockPlanner(SavePlanner):
-    """Has blocks written in their order, each read when its turn comes."""
+    """Plans to write the blocks in order, and gets the tensor of each when it is written."""
 
     def __init__(self, blocks: Sequence[Block], dtype: torch.dtype, tensors: Iterator[Tensor]) -> None:
         self._blocks, self._dtype, self._tensors = blocks, dtype, enumerate(tensors)
@@ -111,16 +112,16 @@ class _BlockPlanner(SavePlanner):
             torch.save([None], empty)
             return empty
         wanted = self._place[write_item.index]
-        if self._current[0] < wanted:  # the same again where a block has two keys
+        if self._current[0] < wanted:  # a block with two keys is written twice in a row
             self._current = next(self._tensors)
         assert self._current[0] == wanted
         return self._current[1].reshape(self._blocks[wanted].size)
 
 
 class DistReader:
-    """Reads blocks of a checkpoint that any layout has written.
+    """Reads blocks of a checkpoint that was written with any layout.
 
-    The model may lie under ``model.`` among other things, as in the checkpoints of a run.
+    The model's keys may have the prefix ``model.`` and others may be there too, as in the checkpoints of a run.
     """
 
     def __init__(self, path: Path) -> None:
@@ -149,22 +150,22 @@ class DistReader:
         raise UserError(f"{self.path}: the tensor {keys[0]} is missing; config.json calls for {list(block.shape)}")
 
     def dtype(self, blocks: Sequence[Block]) -> torch.dtype:
-        """The one dtype of the model's tensors."""
+        """The dtype of the model's tensors, which must be the same for all."""
         dtypes = {self._tensors[self._key(block)].properties.dtype for block in blocks}
         if len(dtypes) > 1:
             raise UserError(f"{self.path}: has tensors of several dtypes ({', '.join(sorted(map(str, dtypes)))})")
         return dtypes.pop()
 
     def check(self, blocks: Sequence[Block]) -> None:
-        """Look for all tensors, their shapes, and the ends of the files, without reading any.
+        """Check that all tensors are there, their shapes and the lengths of the files, without reading any tensor.
 
         Raises:
-            UserError: what is missing, misshapen, superfluous or cut off, first of its kind.
+            UserError: a tensor is missing, unexpected or has the wrong shape, or a file is truncated; names the first.
         """
         expected = {self._key(block): block for block in blocks}
         for key, block in expected.items():
             found = list(self._tensors[key].size)
-            is_vocab = block.rule.is_vocab  # padded at its end, more or less
+            is_vocab = block.rule.is_vocab  # padded at its end, by an amount that depends on the layout
             if (found[1:] if is_vocab else found) != list(block.shape[is_vocab:]) or found[0] < block.shape[0]:
                 raise UserError(f"{self.path}: {key} has the shape {found}; config.json calls for {list(block.shape)}")
         known = {f"{self._prefix}{key}" for block in blocks for key in block.keys}
@@ -184,10 +185,10 @@ class DistReader:
                 raise UserError(f"{file}: truncated; it has {file.stat().st_size} bytes and should have {end}")
 
     def read(self, block: Block) -> Tensor:
-        """The block, without axes for layers and experts.
+        """Read a block, without axes for layers and experts.
 
         Raises:
-            UserError: the file does not hold all of it, or is damaged.
+            UserError: the checkpoint does not contain all of it, or a file is damaged.
         """
         key = self._key(block)
         saved = self._tensors[key]
@@ -207,7 +208,7 @@ class DistReader:
         return tensor.reshape(block.size[block.lead :])
 
     def _chunks_near(self, key: str, block: Block) -> list[ChunkStorageMetadata]:
-        """The chunks of the block's layer and expert: a model of many experts has thousands of others."""
+        """The chunks of only the block's layer and expert, because many experts have thousands of chunks."""
         if (key, block.lead) not in self._chunks:
             index = self._chunks[key, block.lead] = defaultdict(list)
             for chunk in self._tensors[key].chunks:
@@ -216,7 +217,7 @@ class DistReader:
 
 
 class _Into(DefaultLoadPlanner):
-    """Has everything read into one tensor."""
+    """Reads everything into one tensor."""
 
     def __init__(self, tensor: Tensor) -> None:
         super().__init__()

@@ -1,1 +1,1 @@
-"""What a run will need, and what is wrong with it, before it starts."""
+"""Before a run starts: the memory that it will need, and the mistakes in its settings."""

@@ -1,4 +1,4 @@
-"""The memory of what is not built to be counted: activations, the loss, vLLM, the refit. docs/plan.md has the sources.
+"""Memory that is computed by formula: activations, the loss, vLLM, the refit. docs/plan.md has the sources.
 
 Plain arithmetic on sizes. All results are bytes on one rank unless a name says otherwise.
 """
@@ -13,18 +13,18 @@ from megatron_opsd.weights.tables import FAMILIES
 GIB = 2**30
 ELEMENT = {"bfloat16": 2, "float32": 4}
 
-CHAT_TOKENS = 64  # what a chat template adds around a turn, an empty think block and preflight's seam
+CHAT_TOKENS = 64  # for what a chat template adds around a turn, an empty think block and preflight's seam
 VLLM_BATCHED_TOKENS = 16384  # vLLM's max_num_batched_tokens on a GPU of 70 GiB or more; 8192 on smaller ones
-SAMPLER_BYTES = 20  # a sequence and vocabulary entry: float32 logits and probabilities, sorted logits, int64 order
+SAMPLER_BYTES = 20  # per sequence and vocabulary entry: float32 logits, probabilities, sorted logits; int64 order
 CUDA_GRAPHS = 1 * GIB  # assumed for vLLM without enforce_eager
 RESERVED = 3 * GIB  # assumed for CUDA's context, NCCL's buffers, cuBLAS workspaces and fragmentation
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of the longest sequences that the configuration lets through, padded as a batch pads them.
+    """Tokens of the longest sequences that the configuration allows, padded as in a batch.
 
-    student, teacher: a micro-batch's tokens for each of its train.micro_batch_size. rollout: prompt and response.
+    student, teacher: a micro-batch's tokens, divided by train.micro_batch_size. rollout: prompt and response.
     """
 
     student: int
@@ -33,7 +33,7 @@ class Lengths:
 
 
 def longest_sequences(config: Config) -> Lengths:
-    """Upper bounds that need no tokenizer: byte-level BPE makes at most one token of each byte of the templates."""
+    """Upper bounds that need no tokenizer: byte-level BPE makes at most one token from each byte of the templates."""
     prompts, data, response = config.prompts, config.data, config.rollout.max_response_tokens
     layout = config.parallel
     multiple = layout.tensor_model_parallel_size if layout.sequence_parallel else 1
@@ -44,7 +44,7 @@ def longest_sequences(config: Config) -> Lengths:
     if config.method.kind == "opsd" and config.method.context in ("solution", "shuffled"):
         words = len(prompts.teacher_template.encode()) + len(prompts.teacher_prefix.encode())
         teacher = words + CHAT_TOKENS + data.max_problem_tokens + data.max_solution_tokens + response
-    if config.train.packing:  # a row has room for the longest sequence of either side, and short ones may fill it
+    if config.train.packing:  # a row is sized for the longest sequence of either side, and short ones may fill it
         student = teacher = max(student, teacher)
     student, teacher = (-(-length // multiple) * multiple for length in (student, teacher))
     return Lengths(student, teacher, longest)
@@ -53,9 +53,9 @@ def longest_sequences(config: Config) -> Lengths:
 def layer_saved(arch: Architecture, layout: ParallelConfig, dtype: str, tokens: int) -> int:
     """What autograd keeps of one layer for ``tokens`` = s·b tokens, without recompute.
 
-    Korthikanti et al. 2022 (arXiv 2205.05198, section 4), counted again for this layer: attention that keeps its output
-    and one log-sum-exp a head instead of the matrix, grouped queries, SwiGLU, no dropout, fused norms, the linear
-    layers' inputs split by sequence parallelism.
+    After Korthikanti et al. 2022 (arXiv 2205.05198, section 4), counted again for this layer. Attention keeps its
+    output and one log-sum-exp per head instead of the matrix. There are grouped queries, SwiGLU, fused norms and no
+    dropout. Sequence parallelism splits the inputs of the linear layers.
     """
     e, tp = ELEMENT[dtype], layout.tensor_model_parallel_size
     split = tp if layout.sequence_parallel else 1
@@ -64,16 +64,16 @@ def layer_saved(arch: Architecture, layout: ParallelConfig, dtype: str, tokens: 
     # The QKV product (values are a view of it), queries and keys after the rotary embedding, and the output.
     attention = ((heads + 2 * groups) + (heads + groups) + heads) * d / tp
     if arch.has("self_attention.q_layernorm.weight") and groups > tp:
-        attention += heads * d / tp  # the norm's input: several groups' queries are copied out of the QKV product
+        attention += heads * d / tp  # the norm's input: the queries of several groups, copied from the QKV product
     rotary = 4 * d  # cosines and sines, for queries and for keys, on every rank
     total = e * (norms + attention + rotary) + 4 * heads / tp
     if arch.moe is None:
-        # Gate and up in one product, silu(gate), up by itself, and silu(gate)·up, the input of the last matrix.
+        # Gate and up in one product, silu(gate), a copy of up, and silu(gate)·up, which is the last matrix's input.
         return round(tokens * (total + e * 5 * arch.ffn_hidden_size / tp))
     k, m = arch.moe.moe_router_topk, arch.moe.moe_ffn_hidden_size
     router = 5 * arch.moe.num_moe_experts + 24 * k  # float32 softmax and routing map; chosen indices, probabilities
-    # Of a token's k copies, spread evenly over ranks: the same with the product before the router's probability scales
-    # it, and the experts' input. Experts are never cut.
+    # For each of a token's k copies, spread evenly over ranks: the same, plus the product before the router's
+    # probability scales it, plus the experts' input. Experts are not split by tensor parallelism.
     return round(tokens * (total + (router + k * e * (h + 6 * m)) / split))
 
 
@@ -96,9 +96,9 @@ def boundary(arch: Architecture, layout: ParallelConfig, dtype: str, tokens: int
 def student_activations(
     config: Config, arch: Architecture, layers: int, stage: int, tokens: int, microbatches: int
 ) -> dict[str, int]:
-    """What one stage keeps for its micro-batches in flight, and what works on one layer's backward pass.
+    """What one stage keeps for its micro-batches in flight, and what one layer's backward pass adds.
 
-    Under 1F1B stage i of P holds at most P - i micro-batches. Each also leaves its stage's output behind.
+    Under 1F1B stage i of P holds at most P - i micro-batches. For each it also keeps the stage's output.
     """
     layout, dtype = config.parallel, config.model.dtype
     in_flight = min(layout.pipeline_model_parallel_size - stage, microbatches)
@@ -110,7 +110,7 @@ def student_activations(
 
 
 def teacher_activations(config: Config, arch: Architecture, tokens: int) -> int:
-    """Without gradients one layer's tensors exist at a time; what autograd would keep of it bounds them."""
+    """Without gradients one layer's tensors exist at a time. What autograd would keep of the layer is a bound."""
     layout, dtype = config.parallel, config.model.dtype
     return layer_saved(arch, layout, dtype, tokens) + 2 * ELEMENT[dtype] * tokens * arch.hidden_size
 
@@ -118,8 +118,8 @@ def teacher_activations(config: Config, arch: Architecture, tokens: int) -> int:
 def loss(config: Config, arch: Architecture, tokens: int, response: int) -> dict[str, int]:
     """The last stage's loss for s·b ``tokens`` of which ``response`` are trained on.
 
-    A chunk's logits of both sides in float32 and their gradient (bfloat16; of float32 logits in their place), the
-    head's gradient in float32, and hidden states: whole and selected, with the gradients of both.
+    It counts a chunk's logits of both sides in float32 and their gradient (bfloat16; that of float32 models overwrites
+    the logits), the head's gradient in float32, and hidden states, whole and selected, with the gradients of both.
     """
     e, h = ELEMENT[config.model.dtype], arch.hidden_size
     tp = config.parallel.tensor_model_parallel_size
@@ -133,7 +133,7 @@ def loss(config: Config, arch: Architecture, tokens: int, response: int) -> dict
 
 
 def vllm_weights(config: Config, arch: Architecture) -> int:
-    """Weights on one of vLLM's ranks: it splits heads, MLPs and the vocabulary, and copies key-value heads to ranks."""
+    """Weights on one of vLLM's ranks. vLLM shards heads, MLPs and the vocabulary, and replicates key-value heads."""
     tp, moe = config.rollout.tensor_model_parallel_size, arch.moe
     split = {
         "v": -(-arch.vocab_size // 64) * 64 / tp,
@@ -160,7 +160,7 @@ def vllm_activations(config: Config, arch: Architecture) -> int:
     layout = ParallelConfig(tensor_model_parallel_size=rollout.tensor_model_parallel_size)
     if arch.moe is None:
         forward = layer_temporaries(arch, layout, config.model.dtype, VLLM_BATCHED_TOKENS)
-    else:  # tensor parallelism cuts vLLM's experts
+    else:  # in vLLM tensor parallelism also splits the experts
         per_copy = arch.hidden_size + 3 * arch.moe.moe_ffn_hidden_size / rollout.tensor_model_parallel_size
         per_token = 2 * arch.hidden_size + arch.moe.moe_router_topk * per_copy
         forward = round(VLLM_BATCHED_TOKENS * ELEMENT[config.model.dtype] * per_token)
@@ -169,16 +169,16 @@ def vllm_activations(config: Config, arch: Architecture) -> int:
 
 
 def kv_bytes_per_token(config: Config, arch: Architecture) -> int:
-    """Keys and values of a token, all layers, on one of vLLM's ranks."""
+    """Bytes of one token's keys and values in all layers, on one of vLLM's ranks."""
     groups = max(1, arch.num_query_groups // config.rollout.tensor_model_parallel_size)
     return 2 * arch.num_layers * groups * arch.kv_channels * ELEMENT[config.model.dtype]
 
 
 def refit_staging(config: Config, arch: Architecture) -> int:
-    """A gathered bucket, this rank's part of it, a whole tensor put together, and what vLLM keeps of a layer's experts.
+    """A gathered bucket, this rank's part of it, one assembled tensor, and what vLLM keeps of a layer's experts.
 
-    A tensor larger than a bucket travels in one of its own. vLLM holds on to incoming tensors until it has all of a
-    module, and a mixture of experts is one.
+    A tensor larger than a bucket gets its own bucket. vLLM keeps incoming tensors until a module is complete, and all
+    experts of a layer are one module.
     """
     e, layout, h = ELEMENT[config.model.dtype], config.parallel, arch.hidden_size
     tp = layout.tensor_model_parallel_size

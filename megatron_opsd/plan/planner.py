@@ -1,4 +1,4 @@
-"""Memory of every stage in every phase of a step, the batch's shape and the sizes on disk."""
+"""Plans a run: memory of every stage in every phase of a step, the shape of the batch and the sizes on disk."""
 
 from dataclasses import dataclass, replace
 from math import prod
@@ -32,7 +32,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Stage:
-    """One rank of a pipeline stage; all ranks of the stage are like it.
+    """One rank of a pipeline stage; all ranks of the stage are alike.
 
     parameters: elements of the student's shard. phases: phase -> what is on the device -> bytes.
     """
@@ -56,7 +56,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Batch:
-    """Who computes what in a step. Lengths are upper bounds in tokens."""
+    """How a step's batch is divided. Lengths are upper bounds in tokens."""
 
     global_batch_size: int
     data_parallel_size: int
@@ -85,14 +85,14 @@ class Rollout:
 
     @property
     def least_kv_cache(self) -> int:
-        """Bytes of one longest sequence, without which vLLM does not start."""
+        """Bytes for one sequence of the greatest length. With less, vLLM does not start."""
         return self.kv_cache_per_token * self.longest_sequence
 
 
 @dataclass(frozen=True)
 class Plan:
     model: str
-    is_published: bool  # known by name: model.path has no config.json on this machine
+    is_published: bool  # found by its name, because model.path has no config.json on this machine
     cluster: Cluster
     total_parameters: int
     batch: Batch
@@ -109,7 +109,7 @@ class Plan:
 
     @property
     def shortfall(self) -> int:
-        """Bytes by which a rank has too little memory, or its KV cache; not positive where the plan fits."""
+        """Bytes that a rank's memory or its KV cache is too small by; not positive if the plan fits."""
         kv_missing = self.rollout.least_kv_cache - self.rollout.kv_cache
         return max(self.stages[self.fullest].peak - self.cluster.gpu_memory, kv_missing)
 
@@ -130,10 +130,10 @@ class Plan:
 
 
 def find_architecture(path: str) -> tuple[Architecture, bool]:
-    """The architecture of model.path, and whether it is known by name because there is no config.json.
+    """The architecture of model.path, and whether it was found by its name because there is no config.json.
 
     Raises:
-        UserError: neither a directory with a usable config.json nor the name of a published model.
+        UserError: ``path`` is neither a directory with a usable config.json nor the name of a published model.
     """
     if (Path(path) / "config.json").is_file():
         return read_architecture(path), False
@@ -144,7 +144,7 @@ def make_plan(config: Config, cluster: Cluster) -> Plan:
     """Plan a run.
 
     Raises:
-        UserError: an unknown model, or a layout or batch that does not fit the model or the number of ranks.
+        UserError: the model is unknown, or the layout or the batch does not fit the model or the number of ranks.
     """
     arch, is_published = find_architecture(config.model.path)
     check_rollout_parallel(config, arch, cluster.world_size)
@@ -203,12 +203,12 @@ def _rollout(config: Config, arch: Architecture, cluster: Cluster, longest: int)
 def _stages(
     config: Config, arch: Architecture, cluster: Cluster, batch: Batch, rollout: Rollout
 ) -> tuple[list[Stage], list[int]]:
-    """The stages, and the bytes that leave each one's devices, where the configuration lets them."""
+    """The stages, and the bytes that each one offloads to the host if the configuration says so."""
     layers = stage_layers(arch, config.model, config.parallel)
     last = len(layers) - 1
     stages, offloaded = [], []
     for stage, count in enumerate(layers):
-        # Stages between the edges that have as many layers are alike: one is built for all.
+        # Stages between the first and the last are alike if they have as many layers: build one for all of them.
         alike = stage if stage in (0, last) else 1 + layers[1:last].index(count)
         parameters = stage_parameters(
             arch,
@@ -237,10 +237,10 @@ def _stages(
 def _phases(
     config: Config, arch: Architecture, batch: Batch, rollout: Rollout, kept: RankBytes, stage: int, layers: list[int]
 ) -> dict[str, dict[str, int]]:
-    """What the trainer leaves on the device while each phase runs. Zeros are left out.
+    """What is on the device while each phase runs. Zeros are left out.
 
-    vLLM's engine sleeps but in the rollout and, its weights alone, in the refit. The student's weights never leave, its
-    gradients and optimizer states do under optim.placement = offload. The teacher's hidden states live until the step
+    vLLM's engine is awake in the rollout, and in the refit only its weights are. The student's weights always stay; its
+    gradients and optimizer states leave if optim.placement = offload. The teacher's hidden states stay until the step
     ends.
     """
     is_last = stage == len(layers) - 1

@@ -1,4 +1,4 @@
-"""Finds a user's mistakes before any process group is formed and any weight is read. Needs no GPU."""
+"""Finds a user's mistakes before any process group is created and any weight is read. Needs no GPU."""
 
 import importlib.util
 import os
@@ -21,7 +21,7 @@ KV_BYTES = {"bfloat16": 2, "float32": 4}
 def check(config: Config, world_size: int | None, train: bool = True) -> None:
     """Check everything that can be checked without starting anything.
 
-    world_size: ranks of the run; None where it is not known yet.
+    world_size: ranks of the run; None if not known yet.
     train: False for an evaluation, which has no training data, batch or layout.
 
     Raises:
@@ -64,7 +64,7 @@ def check_server(config: Config) -> None:
 
 
 def check_servers(config: Config) -> None:
-    """Whether there are servers; whether they answer shows when the run starts."""
+    """Check that there are servers. The run itself checks at its start whether they answer."""
     if not config.rollout.servers:
         raise UserError(
             "rollout.engine = 'server' needs rollout.servers, such as [\"http://127.0.0.1:8000\"]; start each with "
@@ -75,13 +75,13 @@ def check_servers(config: Config) -> None:
 def check_transformer_engine() -> None:
     """Refuse a Transformer Engine that is installed but cannot be loaded: a run would silently use slower layers.
 
-    Nothing is refused without a GPU, where local layers are used anyway.
+    Without a GPU nothing is refused, because local layers are used anyway.
     """
     if not _has_gpu() or importlib.util.find_spec("transformer_engine") is None:
         return
-    try:  # the names that Megatron asks for
+    try:  # the names that Megatron imports
         from transformer_engine.pytorch.fp8 import FP8GlobalStateManager, fp8_autocast  # noqa: F401 # pyright: ignore
-    except Exception as error:  # whatever a foreign package raises: missing libraries, failed assertions
+    except Exception as error:  # another package may raise anything: missing libraries, failed assertions
         reason = " ".join(str(error).split())
         raise UserError(
             f"transformer-engine is installed but cannot be loaded ({reason}); install the build that fits this torch "
@@ -100,7 +100,7 @@ def _check_divides(field: str, size: int, what: str, value: int) -> None:
 
 
 def check_parallel(config: Config, arch: Architecture, world_size: int | None) -> None:
-    """Layout against the model and the world size."""
+    """Check the layout against the model and the world size."""
     tp, pp = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
     field = "parallel.tensor_model_parallel_size"
     _check_divides(field, tp, "the model's num_attention_heads", arch.num_attention_heads)
@@ -118,7 +118,7 @@ def check_parallel(config: Config, arch: Architecture, world_size: int | None) -
 
 
 def check_expert_parallel(config: Config, arch: Architecture, world_size: int | None) -> None:
-    """The experts' layout against the model and the world size."""
+    """Check the experts' layout against the model and the world size."""
     layout, field = config.parallel, "parallel.expert_model_parallel_size"
     ep = layout.expert_model_parallel_size
     if arch.moe is None:
@@ -137,7 +137,7 @@ def check_expert_parallel(config: Config, arch: Architecture, world_size: int | 
 
 
 def check_rollout_parallel(config: Config, arch: Architecture, world_size: int | None) -> None:
-    """vLLM's layout against the model and the world size."""
+    """Check vLLM's layout against the model and the world size."""
     tp, field = config.rollout.tensor_model_parallel_size, "rollout.tensor_model_parallel_size"
     _check_divides(field, tp, "the model's num_attention_heads", arch.num_attention_heads)
     if arch.moe is not None:
@@ -147,7 +147,7 @@ def check_rollout_parallel(config: Config, arch: Architecture, world_size: int |
 
 
 def check_batch(config: Config, world_size: int | None) -> None:
-    """Batch sizes against each other and the data-parallel size."""
+    """Check the batch sizes against each other and the data-parallel size."""
     if config.train.packing:
         check_installed("nemo", "train.packing's planner: pip install 'megatron-opsd[nemo]', or set it to false")
     if world_size is not None:
@@ -161,7 +161,7 @@ def check_batch(config: Config, world_size: int | None) -> None:
 
 
 def check_lengths(config: Config, arch: Architecture, prompts: PromptBuilder, train: bool) -> None:
-    """Longest sequences against the model's positions and the KV cache's memory."""
+    """Check the longest sequences against the model's positions."""
     longest = {"student": max_model_len(config, prompts)}
     data, nothing = config.data, Example(0, "", "", "")
     if train and config.method.kind == "sft":
@@ -188,7 +188,7 @@ def check_lengths(config: Config, arch: Architecture, prompts: PromptBuilder, tr
 
 
 def check_kv_cache(config: Config, arch: Architecture, length: int) -> None:
-    """The KV cache on CPU: room for one sequence at least, and memory for it. On a GPU vLLM measures for itself."""
+    """Check on CPU that the KV cache holds at least one sequence and fits in memory. On a GPU vLLM checks itself."""
     if _has_gpu():
         return
     groups = max(1, arch.num_query_groups // config.rollout.tensor_model_parallel_size)

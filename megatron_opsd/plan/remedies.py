@@ -1,4 +1,4 @@
-"""What to change when a run does not fit: each remedy is the plan of the changed settings, never a guess."""
+"""What to change when a run does not fit. Each remedy is a full plan with the changed settings, never a guess."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ Changes = dict[str, Any]  # dotted settings, and "nodes"
 
 @dataclass(frozen=True)
 class Remedy:
-    """Settings to change, and the plan with them. ``saves``: bytes off the shortfall, which may be the whole of it."""
+    """Settings to change, and the plan with them. ``saves``: bytes by which the shortfall decreases."""
 
     changes: Changes
     plan: Plan
@@ -24,9 +24,9 @@ class Remedy:
 
 
 def find_remedies(config: Config, cluster: Cluster) -> list[Remedy]:
-    """Remedies of a plan that does not fit, those that make it fit first, cheapest first.
+    """Remedies for a plan that does not fit. Those that make it fit come first, cheapest first.
 
-    Where no single change is enough the first remedy is a combination of them, if there is one.
+    If no single change is enough, the first remedy is a combination of changes, if there is one.
     """
     plan = make_plan(config, cluster)
     if plan.fits:
@@ -42,7 +42,7 @@ def apply(config: Config, cluster: Cluster, changes: Changes) -> tuple[Config, C
     """The configuration and cluster with ``changes``.
 
     Raises:
-        UserError: they contradict one another.
+        UserError: the changed settings contradict one another.
     """
     raw = config.model_dump()
     for name, value in changes.items():
@@ -57,21 +57,21 @@ def apply(config: Config, cluster: Cluster, changes: Changes) -> tuple[Config, C
 
 
 def _try(config: Config, cluster: Cluster, plan: Plan, changes: Changes, least: bool = False) -> Remedy | None:
-    """The changed plan, if it is possible and needs less; ``least``: with the smallest KV cache."""
+    """The changed plan, if it is possible and needs less memory. ``least``: compare with the smallest KV cache."""
     if not changes:
         return None
     try:
         changed = make_plan(*apply(config, cluster, changes))
-    except UserError:  # a layout or batch that cannot be
+    except UserError:  # an impossible layout or batch
         return None
     saves = plan.least_shortfall - changed.least_shortfall if least else plan.shortfall - changed.shortfall
     return Remedy(changes, changed, saves) if saves > 0 else None
 
 
 def _combine(config: Config, cluster: Cluster, plan: Plan) -> Remedy | None:
-    """Take steps from the cheapest on, each only if it helps, until the plan fits; then drop those not needed.
+    """Take the steps that help, cheapest first, until the plan fits. Then drop those that are not needed.
 
-    The KV cache comes last: it can have whatever the rest leaves.
+    The KV cache is sized last, from the memory that everything else leaves.
     """
     changes: Changes = {}
     current = plan
@@ -105,7 +105,7 @@ def _with_utilization(config: Config, cluster: Cluster, changes: Changes) -> Cha
         return changes
 
 
-# Each step says what it would change, given the configuration and its plan; nothing where it has nothing to offer.
+# Each step returns what it would change, given the configuration and its plan; nothing if it cannot help.
 
 
 def _sequence_parallel(config: Config, cluster: Cluster, plan: Plan) -> Changes:
@@ -115,7 +115,7 @@ def _sequence_parallel(config: Config, cluster: Cluster, plan: Plan) -> Changes:
 
 
 def _utilization(config: Config, cluster: Cluster, plan: Plan) -> Changes:
-    """As much as the rollout leaves, if that is less than configured; at least what vLLM needs to start."""
+    """The share that fits in the rollout, if that is less than configured; at least what vLLM needs to start."""
     memory, rollout, now = cluster.gpu_memory, plan.rollout, config.rollout.gpu_memory_utilization
     over = max(stage.totals["rollout"] for stage in plan.stages) - memory
     least = ceil(100 * (rollout.weights + rollout.activations + rollout.least_kv_cache) / memory) / 100
@@ -163,7 +163,7 @@ def _expert_parallel(config: Config, cluster: Cluster, plan: Plan) -> Changes:
 
 def _tensor_parallel(config: Config, cluster: Cluster, plan: Plan) -> Changes:
     size = 2 * config.parallel.tensor_model_parallel_size
-    if size > cluster.gpus_per_node:  # slow beyond one machine's links
+    if size > cluster.gpus_per_node:  # too slow between machines
         return {}
     sequence_parallel = {} if config.parallel.sequence_parallel else {"parallel.sequence_parallel": True}
     return {"parallel.tensor_model_parallel_size": size, **sequence_parallel}
@@ -177,7 +177,7 @@ def _more_nodes(config: Config, cluster: Cluster, plan: Plan) -> Changes:
     return {"nodes": 2 * cluster.nodes}
 
 
-# From what costs nothing to what costs time in every step, then traffic between ranks, then machines.
+# In this order: steps that cost nothing, time in every step, traffic between ranks, more machines.
 _STEPS: list[Callable[[Config, Cluster, Plan], Changes]] = [
     _sequence_parallel,
     _utilization,

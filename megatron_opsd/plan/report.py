@@ -13,7 +13,7 @@ from megatron_opsd.plan.planner import Cluster, Plan, make_plan
 from megatron_opsd.plan.remedies import Remedy, find_remedies
 from megatron_opsd.types import Phase
 
-WIDTH = 100  # columns where the output is no terminal
+WIDTH = 100  # columns if the output is not a terminal
 
 
 def run_plan(title: str, config: Config, cluster: Cluster, as_machine: bool) -> bool:
@@ -28,7 +28,7 @@ def run_plan(title: str, config: Config, cluster: Cluster, as_machine: bool) -> 
 
 
 def as_json(plan: Plan, remedies: list[Remedy]) -> dict[str, Any]:
-    """All that the tables show and the parts of every stage, memory in bytes."""
+    """Everything in the tables, and the parts of every stage; memory in bytes."""
     stages = [
         {**asdict(stage), "totals": stage.totals, "peak_phase": stage.peak_phase, "peak": stage.peak}
         for stage in plan.stages
@@ -168,7 +168,7 @@ def _remedy_lines(remedies: list[Remedy]) -> list[str]:
 
 
 def _options(remedy: Remedy) -> str:
-    """The changes as the command line takes them."""
+    """The changes as options of the command line."""
     return " ".join(f"--{name} {str(value).lower()}" for name, value in remedy.changes.items())
 
 

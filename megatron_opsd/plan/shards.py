@@ -1,7 +1,7 @@
-"""Parameters, gradients and optimizer states of a rank, counted on Megatron's own modules without their memory.
+"""Parameters, gradients and optimizer states of a rank, counted on Megatron's own modules without allocating memory.
 
-A rank of each kind of pipeline stage is built on the meta device, in process groups that send nothing. Tensor-, expert-
-and data-parallel neighbours hold shards of the same sizes.
+One rank of each kind of pipeline stage is built on the meta device, in fake process groups. Its tensor-, expert- and
+data-parallel neighbours hold shards of the same sizes.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from megatron_opsd.weights.architecture import Architecture
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter of one rank: its elements and what Megatron's DDP asks of it."""
+    """A parameter of one rank: its size, and the properties that Megatron's DDP reads."""
 
     name: str
     numel: int
@@ -31,7 +31,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class RankBytes:
-    """What training keeps on a rank from its first step to its last, in bytes; ``teacher`` while it is there."""
+    """Bytes that training keeps on a rank from the first step to the last; ``teacher`` only while not offloaded."""
 
     weights: int
     gradients: int
@@ -76,7 +76,7 @@ def rank_bytes(
     teacher: its kind, None where the method has none. A live one is the student.
     dp_size, expert_dp_size: ranks that share the optimizer states of dense parameters and of experts.
 
-    Gradients are float32. Adam's two moments are float32, and so is the copy that it updates where parameters are not.
+    Gradients and Adam's two moments are float32. Parameters that are not float32 also have a float32 copy.
     """
     total = sum(parameter.numel for parameter in parameters)
     heads = [p.numel for p in parameters if p.name.endswith(("output_layer.weight", "word_embeddings.weight"))]
@@ -97,11 +97,11 @@ def rank_bytes(
 
 
 def _shard(parameters: Sequence[Parameter], dp_size: int) -> tuple[int, int]:
-    """Elements of the distributed optimizer's buffer, and of the largest rank's parameters in its share.
+    """Elements of the distributed optimizer's buffer, and of the parameters in the share of the rank with the most.
 
-    As in megatron.core.distributed.param_and_grad_buffer without overlap: parameters in reverse order, each beginning
-    at a multiple of 64, in one bucket, which ends at a multiple of 128 and of the ranks. A shared embedding has a
-    bucket of its own. Each rank owns an equal part of every bucket.
+    As in megatron.core.distributed.param_and_grad_buffer without overlap: parameters are in reverse order in one
+    bucket. Each begins at a multiple of 64, and the bucket ends at a multiple of 128 and of the number of ranks. A
+    shared embedding has its own bucket. Each rank owns an equal part of every bucket.
     """
     buckets: list[list[tuple[int, int]]] = [[]]
     for parameter in reversed(parameters):

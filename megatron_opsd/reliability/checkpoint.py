@@ -1,9 +1,9 @@
 """Save and resume: student, optimizer and `Progress` (step, sampler, guards, the teacher's identity), in any layout.
 
-Random numbers need no saving: every step draws from generators seeded by (seed, step, sample).
+Random states need not be saved: every step draws from generators seeded by (seed, step, sample).
 
-A checkpoint is written in the background, gets its name when all of it is on the disk, and carries a checksum of every
-file, which is compared before anything is loaded.
+A checkpoint is written in the background. It gets its name when all of it is on the disk. It has a checksum of every
+file, which is verified before anything is loaded.
 """
 
 import contextlib
@@ -41,8 +41,8 @@ from megatron_opsd.types import Progress
 
 T = TypeVar("T")
 
-# The format that any layout can load. Gathered through gloo into the host memory of one data-parallel rank; the other
-# way would gather everything on every rank's device.
+# The format that any layout can load. "mem_efficient" gathers the states through gloo into the host memory of one
+# data-parallel rank; otherwise everything would be gathered on every rank's device.
 _OPTIMIZER_FORMAT = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": True,
@@ -58,11 +58,11 @@ class Checkpoints:
         self._folder, self._config = run_dir.checkpoints, config
         self._writers = AsyncCallsQueue()
         _start_results_queue()
-        self._begun: int | None = None  # the step whose save is under way
-        self.saved_step = 0  # of the newest complete checkpoint; 0 for none
-        self.seconds = math.inf  # that the last save took, from its begin to its last byte; not known yet
+        self._begun: int | None = None  # the step whose save is in progress
+        self.saved_step = 0  # step of the newest complete checkpoint; 0 for none
+        self.seconds = math.inf  # duration of the last save, from its start to its last byte; inf while unknown
         if dist.get_rank() == 0:
-            for leftover in self._folder.glob(".*"):  # of a run that was killed
+            for leftover in self._folder.glob(".*"):  # from a run that was killed
                 shutil.rmtree(leftover, ignore_errors=True)
         dist.barrier()
 
@@ -74,16 +74,16 @@ class Checkpoints:
         progress: Progress,
         keep: int | None,
     ) -> None:
-        """Begin to write a checkpoint. When this returns the state may change: its copy is in host memory.
+        """Start to write a checkpoint. After the return the state may change: a copy is in host memory.
 
-        keep: the step whose checkpoint is kept besides those that the configuration keeps.
+        keep: a step whose checkpoint is kept in addition to those that the configuration keeps.
 
         Raises:
-            SaveError: the one before has failed.
+            SaveError: the previous save has failed.
         """
         self.finish()
         self._begun, start = progress.step, time.monotonic()
-        # A name of its own: an orphan of a killed run may still write into the folder of the same step.
+        # A unique name: an orphan process of a killed run may still write into a folder of the same step.
         names = [f".step_{progress.step:06d}.{time.time_ns():x}"]
         dist.broadcast_object_list(names)
         staging = self._folder / names[0]
@@ -101,16 +101,16 @@ class Checkpoints:
         self._writers.schedule_async_request(request)
 
     def finish(self) -> bool:
-        """Wait for the save under way, if any, and complete it. Returns whether there was one.
+        """Wait for the save in progress, if any, and complete it. Returns whether there was one.
 
         Raises:
-            SaveError: it could not be written. The checkpoints before it are as they were.
+            SaveError: it could not be written. The earlier checkpoints are unchanged.
         """
         if self._begun is None:
             return False
         try:
             self._writers.maybe_finalize_async_calls(blocking=True)
-        except CheckpointException as error:  # rank 0 knows why
+        except CheckpointException as error:  # rank 0's has the reasons
             reasons = {" ".join(str(failure[0]).split()) for failure in error.failures.values()}
             raise self._failed("; ".join(sorted(reasons))) from None
         events.record("saved", step=self._begun, seconds=round(self.seconds, 3))
@@ -121,7 +121,7 @@ class Checkpoints:
         self.seconds = self._on_rank_0(lambda: self._name(staging, progress, keep))
 
     def _name(self, staging: Path, progress: Progress, keep: int | None) -> float:
-        """Name what all ranks have written; returns the seconds that the slowest took."""
+        """Give the checkpoint its name after all ranks have written. Returns the seconds of the slowest rank."""
         checksums: dict[str, int] = {}
         seconds = []
         for file in staging.glob("*.part"):
@@ -147,7 +147,7 @@ class Checkpoints:
         for path in complete[:-last] if last else []:
             step = read_progress(path).step
             if step != keep and not (every and step % every == 0):
-                doomed = path.rename(path.with_name(f".{path.name}.removed"))  # never half of one under its name
+                doomed = path.rename(path.with_name(f".{path.name}.removed"))  # its name never means half of it
                 shutil.rmtree(doomed, ignore_errors=True)
 
     def _on_rank_0(self, action: Callable[[], T]) -> T:
@@ -160,39 +160,39 @@ class Checkpoints:
         assert self._begun is not None
         step, self._begun = self._begun, None
         if dist.get_rank() == 0:
-            free = shutil.disk_usage(self._folder).free  # torch's own words may hide the reason
+            free = shutil.disk_usage(self._folder).free  # torch's message may hide that the disk is full
             why += f" ({free / 2**30:.1f} GiB free)"
             for staging in self._folder.glob(f".step_{step:06d}.*"):
-                shutil.rmtree(staging, ignore_errors=True)  # its room may be what was missing
+                shutil.rmtree(staging, ignore_errors=True)  # to free its space for the next save
         return SaveError(f"{self._folder}: the checkpoint of step {step} could not be written: {why}")
 
 
 class SaveError(UserError):
-    """A checkpoint could not be written. The message says which and why, in one line."""
+    """A checkpoint could not be written. The message says in one line which and why."""
 
 
 @dataclass(frozen=True)
 class _Writer:
-    """Megatron's writer of a rank's files, and then their checksums. Runs in a process of its own."""
+    """Megatron's writer of a rank's files, followed by their checksums. Runs in a separate process."""
 
     write: Callable[..., None]
     staging: Path
     rank: int
-    start: float  # time.monotonic() at the begin of the save
+    start: float  # time.monotonic() at the start of the save
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         self.write(*args, **kwargs)
         checksums = {file.name: file_checksum(file) for file in self.staging.glob(f"__{self.rank}_*.distcp")}
-        with contextlib.suppress(OSError):  # a full disk; Megatron reports its own failure, and the file will be missed
+        with contextlib.suppress(OSError):  # a full disk: Megatron reports its own error, or _name misses this file
             part = {"seconds": time.monotonic() - self.start, "checksums": checksums}
             (self.staging / f"{self.rank}.part").write_text(json.dumps(part))
 
 
 def _on_rank_0(action: Callable[[], T]) -> T:
-    """Rank 0's result on all ranks: file systems may show the others something older.
+    """Rank 0's result on all ranks, because a file system may show the others an older state.
 
     Raises:
-        UserError: on all ranks, where the file system or ``action`` refused.
+        UserError: on all ranks, if the file system or ``action`` raised an error.
     """
     found: list[Any] = [None, None]
     if dist.get_rank() == 0:
@@ -207,14 +207,14 @@ def _on_rank_0(action: Callable[[], T]) -> T:
 
 
 def _start_results_queue() -> None:
-    """Start the process through which Megatron's writers report. It is deaf to the signals that ask for a save."""
+    """Start the process through which Megatron's writers report. It ignores the signals that ask for a save."""
     manager = SyncManager(ctx=get_context("spawn"))
     manager.start(serve_parent)
     report_through(manager)
 
 
 def _make_room(staging: Path) -> None:
-    """The folder, and the certainty that the small files fit: Megatron's own writing of them knows no failures."""
+    """Make the folder and check that the small files fit: Megatron does not handle errors when it writes them."""
     staging.mkdir(parents=True)
     probe = staging / "probe"
     probe.write_bytes(bytes(1 << 20))
@@ -231,7 +231,7 @@ def file_checksum(file: Path) -> int:
 
 
 def damage(path: Path) -> list[str]:
-    """What differs from what was written, a line a file. All ranks call this; each reads its share of the files."""
+    """Files that are missing or have changed, one line each. All ranks call this; each reads its share of the files."""
     expected = json.loads((path / _CHECKSUMS).read_text()) if (path / _CHECKSUMS).is_file() else {}
     rank, world_size = dist.get_rank(), dist.get_world_size()
     found = [] if expected else [f"{path / _CHECKSUMS} is missing"]
@@ -248,12 +248,12 @@ def damage(path: Path) -> list[str]:
 def load(
     path: Path, model: HiddenStateGPT, optimizer: MegatronOptimizer, teacher: Teacher | None, identity: str
 ) -> Progress:
-    """Fill student, optimizer and a moving average from a checkpoint written by any layout.
+    """Load student, optimizer and an ema teacher's average from a checkpoint written by any layout.
 
-    identity: the teacher's, see ``Progress``.
+    identity: of this run's teacher, see ``Progress``.
 
     Raises:
-        UserError: the checkpoint's teacher is another.
+        UserError: the checkpoint has another teacher than this run.
     """
     progress = read_progress(path)
     if progress.teacher != identity:
@@ -285,13 +285,13 @@ def read_progress(path: Path) -> Progress:
 
 
 def find(run_dir: RunDir, resume: str) -> Path | None:
-    """The checkpoint that ``checkpoint.resume`` names and that is as it was written: none, the newest, or a directory.
+    """The undamaged checkpoint that ``checkpoint.resume`` selects: none, the newest, or the one in a directory.
 
-    A damaged newest one is renamed, and the one before it taken. All ranks call this.
+    If the newest one is damaged, it is renamed and the one before it is taken. All ranks call this.
 
     Raises:
-        UserError: a named directory that is no complete checkpoint or a damaged one, checkpoints that are all damaged,
-            or a new run where an old one left checkpoints.
+        UserError: the given directory is not a complete checkpoint or is damaged, all checkpoints are damaged, or the
+            run is new and its folder has checkpoints of an earlier one.
     """
     folder = run_dir.checkpoints
     while True:

@@ -1,8 +1,8 @@
-"""Bounds beyond which a run has gone wrong. They warn first, and then end it.
+"""Bounds beyond which a run has gone wrong. A guard warns first and then ends the run.
 
 On-Policy Self-Distillation is known to collapse after 100 to 200 steps (arXiv 2601.18734 stops before): the entropy
-falls or explodes, responses shrink or run to the limit, held-out accuracy drops. It is also known not to begin: steps
-that carry more noise than they teach make the student less sure than its teacher and no nearer to it.
+falls or explodes, responses shrink or reach the limit, held-out accuracy drops. A run may also never start to learn:
+if its steps are more noise than signal, the student becomes less sure than its teacher and comes no nearer to it.
 """
 
 import math
@@ -31,10 +31,10 @@ class _State:
 
 
 class Guards:
-    """Sees every step's metrics and every evaluation, the same on all ranks, so that all ranks decide alike."""
+    """Checks every step's metrics and every evaluation. These are the same on all ranks, so all ranks decide alike."""
 
     def __init__(self, config: GuardsConfig, state: Mapping[str, Any] | None = None) -> None:
-        """state: what ``state_dict`` gave, of a run that goes on."""
+        """state: from ``state_dict``, if the run resumes."""
         self._config, self._state = config, _State(**(state or {}))
         self._bounds = {
             "entropy_student": (config.min_entropy, config.max_entropy, "entropy"),
@@ -43,11 +43,11 @@ class Guards:
 
     @property
     def best_step(self) -> int | None:
-        """Where the held-out accuracy was highest."""
+        """The step with the highest held-out accuracy."""
         return self._state.best_step
 
     def step(self, metrics: Mapping[str, float]) -> list[str]:
-        """Warnings about a step.
+        """Check a step and return warnings.
 
         Raises:
             RunStoppedError: too many steps in a row were skipped or beyond a bound.
@@ -67,7 +67,7 @@ class Guards:
         return warnings + (self._compare_with_first_steps(metrics) if self._config.watch_learning else [])
 
     def evaluation(self, step: int, evaluation: Evaluation) -> list[str]:
-        """Warnings about an evaluation; remembers the best.
+        """Check an evaluation and return warnings; remembers the best one.
 
         Raises:
             RunStoppedError: the accuracy has stayed too far below the best.
@@ -90,7 +90,7 @@ class Guards:
         return [f"{found} ({beyond} of {patience} {what} in a row)"] if found else []
 
     def _compare_with_first_steps(self, metrics: Mapping[str, float]) -> list[str]:
-        """Every ``patience`` steps, whether the student has come nearer to its teacher or only become less sure."""
+        """Check, every ``patience`` steps, whether the student has come nearer to its teacher or is only less sure."""
         state = self._state
         if any(name not in metrics for name in LEARNING):  # no teacher, or nothing learned
             return []

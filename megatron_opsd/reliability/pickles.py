@@ -1,8 +1,8 @@
-"""The pickles in Megatron's checkpoints, read so that they can make nothing but what a checkpoint is made of.
+"""Reads the pickles in Megatron's checkpoints safely: only the classes that a checkpoint needs are allowed.
 
-A pickle may name any function of any module and have it called. Those of torch.distributed.checkpoint's ``.metadata``
-name a handful of classes; the others (``common.pt``, extra states of Transformer Engine) pass torch's own
-``weights_only``. Megatron itself reads them without looking, so they are checked before it does.
+A pickle can call any function of any module. torch.distributed.checkpoint's ``.metadata`` needs only a few classes. The
+others (``common.pt``, extra states of Transformer Engine) can be loaded with torch's ``weights_only``. Megatron itself
+loads them all without a check, so we check them first.
 """
 
 import io
@@ -45,7 +45,7 @@ def read_metadata(path: Path) -> Metadata:
     """``.metadata`` of a distributed checkpoint.
 
     Raises:
-        UserError: it is missing, damaged, or would make something else.
+        UserError: the file is missing or damaged, or names something that a checkpoint does not need.
     """
     try:
         metadata = _Unpickler(io.BytesIO((path / ".metadata").read_bytes())).load()
@@ -57,10 +57,10 @@ def read_metadata(path: Path) -> Metadata:
 
 
 def refuse_foreign(path: Path) -> None:
-    """Everything in a checkpoint that Megatron would unpickle.
+    """Check everything in a checkpoint that Megatron would unpickle.
 
     Raises:
-        UserError: the file that would make something else than tensors and plain values.
+        UserError: a file contains something other than tensors and plain values.
     """
     metadata = read_metadata(path)
     _load(path / "common.pt", 0, None)

@@ -1,7 +1,7 @@
-"""Signals: the cluster or a user wants the machine back. A run then saves in time and leaves.
+"""Signals: the cluster or a user wants the machine back. A run then saves in time and exits.
 
-USR1 comes ``checkpoint.signal_lead_seconds`` before the end of a job or its pre-emption (``sbatch --signal``), TERM and
-INT some 30 seconds before everything is killed. A second signal ends the process at once.
+USR1 comes ``checkpoint.signal_lead_seconds`` before a job ends or is pre-empted (``sbatch --signal``). TERM and INT
+come about 30 seconds before everything is killed. A second signal ends the process at once.
 """
 
 import ctypes
@@ -14,21 +14,22 @@ import time
 
 log = logging.getLogger(__name__)
 
-TERM_LEAD_SECONDS = 25.0  # SLURM's KillWait and torchrun's patience are 30 s
-SHOW_STACKS = signal.SIGUSR2  # a rank then writes the stacks of its threads to its log, whatever it waits for
+TERM_LEAD_SECONDS = 25.0  # SLURM (KillWait) and torchrun kill after 30 s
+SHOW_STACKS = signal.SIGUSR2  # a rank then writes the stacks of its threads to its log, even while it is blocked
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
-ECHO_SECONDS = 5.0  # SLURM signals all processes of a job, and torchrun passes on to its workers what it gets itself
+# A signal may come twice: SLURM sends it to all processes of a job, and torchrun forwards its own to its workers.
+ECHO_SECONDS = 5.0
 
 
 def serve_parent() -> None:
-    """In a helper process: leave the signals to the parent, and end when it does, however it ends."""
+    """In a helper process: ignore the signals, and end when the parent ends, even if it is killed."""
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class PreemptionHandler:
-    """Listens for signals from its construction on. What it says is this rank's own; the ranks agree elsewhere."""
+    """Listens for signals from its construction on. It knows only this rank's signals; the ranks agree elsewhere."""
 
     def __init__(self, signal_lead_seconds: float) -> None:
         short = min(TERM_LEAD_SECONDS, signal_lead_seconds)
@@ -36,7 +37,7 @@ class PreemptionHandler:
         self._first: float | None = None
         self._deadline = math.inf
         self.name = "a signal on another rank"
-        # Python runs handlers in the main thread, which may sit in a collective; the pipe is written at once.
+        # Python runs handlers in the main thread, which may be blocked in a collective; the pipe is written at once.
         read_end, write_end = os.pipe()
         os.set_blocking(write_end, False)
         signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
@@ -50,7 +51,7 @@ class PreemptionHandler:
         return self._first is not None
 
     def late(self, seconds: float) -> bool:
-        """Whether this rank has been told to leave before another ``seconds`` of work would be done."""
+        """Whether this rank's deadline comes before another ``seconds`` of work would be done."""
         return time.monotonic() + seconds > self._deadline
 
     def _listen(self, read_end: int) -> None:

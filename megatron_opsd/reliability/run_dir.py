@@ -38,10 +38,10 @@ class RunDir:
         return self.path / "rollouts" / f"evaluation_{step:06d}.jsonl"
 
     def check(self) -> None:
-        """Look whether the run can write to its folder, before hours are spent.
+        """Check before the start that the run can write to its folder.
 
         Raises:
-            UserError: it cannot, or anybody can: a checkpoint to go on from could then be somebody else's.
+            UserError: it cannot, or anybody can: somebody else could then have put a checkpoint there.
         """
         existing = next(parent for parent in (self.path, *self.path.absolute().parents) if parent.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK):
@@ -52,7 +52,7 @@ class RunDir:
     def prepare(self) -> None:
         """Make the folder, and forget how an earlier start of the run ended."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self.path.chmod(self.path.stat().st_mode & ~stat.S_IWOTH)  # whatever the umask
+        self.path.chmod(self.path.stat().st_mode & ~stat.S_IWOTH)  # the umask may allow it
         self.outcome.unlink(missing_ok=True)
 
     def write_outcome(self, outcome: Literal["finished", "interrupted", "stopped"], why: str) -> None:
@@ -67,13 +67,13 @@ class RunDir:
         events.record("end", outcome=outcome, why=why)
 
     def read_outcome(self) -> tuple[str, str]:
-        """Outcome and reason; both are empty where the run crashed or is still running."""
+        """Outcome and reason; both are empty if the run crashed or is still running."""
         text = self.outcome.read_text() if self.outcome.exists() else ""
         outcome, _, why = text.strip().partition(": ")
         return outcome, why
 
     def repeatable_metrics(self) -> list[dict[str, Any]]:
-        """The metrics without times and memory: what two runs of one configuration have in common."""
+        """The metrics without times and memory: those that are equal in two runs of one configuration."""
         return [
             {name: value for name, value in line.items() if not name.startswith(_MEASURED)}
             for line in read_jsonl(self.metrics)
@@ -81,10 +81,10 @@ class RunDir:
 
 
 def complete_lines(file: Path) -> list[str]:
-    """The lines of a file without the half line that a killed run may have left; none where there is no file yet."""
+    """The lines of a file without the half line that a killed run may have left; none if there is no file yet."""
     if not file.exists():
         return []
-    with file.open() as lines:  # str.splitlines would also split at characters that JSON leaves in a text
+    with file.open() as lines:  # str.splitlines would also split at characters that JSON does not escape
         return [line for line in lines if line.endswith("\n")]
 
 
@@ -94,6 +94,6 @@ def read_jsonl(file: Path) -> list[dict[str, Any]]:
 
 
 def write_jsonl(file: Path, records: Sequence[dict[str, Any]]) -> None:
-    """One JSON object a line; makes the folder."""
+    """Write one JSON object per line; makes the folder."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

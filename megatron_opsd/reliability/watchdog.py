@@ -1,7 +1,7 @@
-"""Ends a run that hangs, and says which ranks are missing, in which phase, at which line.
+"""Ends a run that hangs, and reports which ranks are missing, in which phase and at which line.
 
-Every rank has a thread that posts the position of its main thread to the store through which the ranks found each other
-(torchrun's agent keeps it, so it outlives them). A rank whose phase lasts too long reads what the others have posted.
+Every rank has a thread that posts the position of its main thread to the store of the rendezvous. The store belongs to
+torchrun's agent, so it outlives the ranks. A rank whose phase lasts too long reads what the others have posted.
 """
 
 import contextlib
@@ -27,13 +27,13 @@ from megatron_opsd.reliability.preemption import SHOW_STACKS, PreemptionHandler
 log = logging.getLogger(__name__)
 
 POST_SECONDS = 1.0
-SILENT_SECONDS = 6.0  # a rank that posts nothing for so long is stopped, dead, or holds Python's lock
+SILENT_SECONDS = 6.0  # a rank that posts nothing for so long is stopped, dead, or blocks Python's GIL
 _DONE = -1
 PACKAGE = str(Path(__file__).parents[1])
 
 
 class Watchdog:
-    """``enter`` each phase; the thread does the rest. The run ends with status 1 and no outcome: it may be resumed."""
+    """Call ``enter`` at each phase; the thread does the rest. It ends a run with status 1 and no outcome: resumable."""
 
     def __init__(self, limits: TimeoutsConfig, preemption: PreemptionHandler) -> None:
         self._limits = {name: 60 * minutes for name, minutes in limits.model_dump().items()}
@@ -51,12 +51,12 @@ class Watchdog:
         self._thread.start()
 
     def enter(self, phase: str) -> None:
-        """The main thread begins ``phase``, a field of ``[timeouts]``."""
+        """Tell the watchdog that the main thread begins ``phase``, a field of ``[timeouts]``."""
         events.record("phase", phase=phase)
         self._phase, self._since = str(phase), time.monotonic()
 
     def close(self) -> None:
-        """This rank has nothing more to do, and the others need not miss it."""
+        """Tell the others that this rank is done, so that they do not count it as missing."""
         self._leaving.set()
         self._thread.join()
         self._store.set(str(self._rank), json.dumps([_DONE, self._phase, "the end", os.getpid()]))
@@ -67,7 +67,7 @@ class Watchdog:
             phase, seconds = self._phase, time.monotonic() - self._since
             if seconds > self._limits[phase]:
                 self._end(f"the phase {phase!r} has taken {seconds:.0f} s (timeouts.{phase} = {self._minutes(phase)})")
-            # TERM also comes where torchrun ends the neighbours of a rank that died, and NCCL would wait for that one.
+            # TERM also comes when torchrun ends the neighbours of a dead rank; NCCL would wait for the dead one.
             if self._preemption.received and self._silent(self._neighbours):
                 self._end(f"after {self._preemption.name} there is nothing to wait for")
 
@@ -79,7 +79,7 @@ class Watchdog:
         self._store.set(str(self._rank), json.dumps([self._posts, self._phase, self._line(), os.getpid()]))
 
     def _line(self) -> str:
-        """Where the main thread is in this package."""
+        """The line of this package at which the main thread is."""
         frame = sys._current_frames().get(self._main)
         while frame and (not frame.f_code.co_filename.startswith(PACKAGE) or frame.f_code.co_name.startswith("__")):
             frame = frame.f_back
@@ -102,11 +102,11 @@ class Watchdog:
         return [rank for rank in after if after[rank][0] == before[rank][0] != _DONE]
 
     def _end(self, why: str) -> None:
-        """The first rank to come here reports; all leave, whatever their main threads wait for."""
-        threading.Timer(5 * SILENT_SECONDS, os._exit, (1,)).start()  # a file system may be what hangs
+        """The first rank that gets here reports; all exit, even if their main threads are blocked."""
+        threading.Timer(5 * SILENT_SECONDS, os._exit, (1,)).start()  # in case the file system hangs
         signal.raise_signal(SHOW_STACKS)
         if self._store.add("reports", 1) > 1:
-            self._leaving.wait(3 * SILENT_SECONDS)  # for the report: torchrun ends all when one has left
+            self._leaving.wait(3 * SILENT_SECONDS)  # for the report: torchrun ends all ranks when one has exited
         else:
             everybody = range(self._world_size)
             positions, silent = self._positions(everybody), self._silent(everybody)

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
 
 def build_engine(config: "Config", max_model_len: int) -> "Engine":
-    """The engine that ``rollout.engine`` names. All ranks call this together; refit before the first token."""
+    """The engine named by ``rollout.engine``. All ranks call this together. Refit before the first token."""
     if config.rollout.engine == "server":
         from megatron_opsd.rollout.server import ServedVLLM
 

@@ -1,6 +1,6 @@
-"""The trainer's end of the weight transfer to one vLLM server; ``weight_transfer.py`` is the server's.
+"""The trainer's end of the weight transfer to one vLLM server; ``weight_transfer.py`` is the server's end.
 
-A channel for each server, so that one that dies takes no other along.
+Each server has its own channel, so that a server that dies does not affect the others.
 """
 
 import base64
@@ -14,13 +14,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-TIMEOUT_SECONDS = 120.0  # without a byte, a peer counts as gone
+TIMEOUT_SECONDS = 120.0  # a peer that sends or takes no byte for so long counts as gone
 
 
 class Channel(Protocol):
-    """``open`` and ``send`` block while the server does its part, which an HTTP request asks for at the same time.
+    """``open`` and ``send`` block until the server has done its part, which a simultaneous HTTP request starts.
 
-    They run in a thread; ``close`` in another one ends them.
+    They run in a thread; ``close`` from another thread ends them.
     """
 
     init_info: dict[str, Any]  # for the server's /init_weight_transfer_engine
@@ -38,11 +38,11 @@ def make_channel(host: str, port: int, workers: int) -> Channel:
 
 
 class TCPChannel:
-    """Raw bytes over one connection for each worker. Only who shows the token, told over HTTP, gets any."""
+    """Raw bytes over one connection for each worker. A worker must send the token that it got over HTTP."""
 
     def __init__(self, host: str, port: int, workers: int) -> None:
         with socket.create_connection((host, port), timeout=TIMEOUT_SECONDS) as probe:
-            address = probe.getsockname()[0]  # the interface that leads to the server, and no other
+            address = probe.getsockname()[0]  # listen only on the interface that leads to the server
         self._listener = socket.create_server(
             (address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET
         )
@@ -82,19 +82,19 @@ class TCPChannel:
     def close(self) -> None:
         for connection in (*self._connections, self._listener):
             with contextlib.suppress(OSError):  # not connected any more
-                connection.shutdown(socket.SHUT_RDWR)  # wakes a thread that waits in it, as close does not
+                connection.shutdown(socket.SHUT_RDWR)  # unlike close, this wakes a thread that waits on it
             connection.close()
 
 
 class NCCLChannel:
-    """A communicator of this rank and the server's workers, made from an id that is told over HTTP."""
+    """A communicator of this rank and the server's workers, made from an id that is sent over HTTP."""
 
     def __init__(self, workers: int) -> None:
         from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
 
         self._id = bytes(NCCLLibrary().ncclGetUniqueId().internal)
         self._size = workers + 1
-        self._device = torch.cuda.current_device()  # open and send run in other threads, which have their own
+        self._device = torch.cuda.current_device()  # open and send run in other threads, with other current devices
         self._group: Any = None
         self.init_info = {
             "nccl_unique_id_b64": base64.b64encode(self._id).decode(),
@@ -117,7 +117,7 @@ class NCCLChannel:
 
     def close(self) -> None:
         if self._group is not None:
-            self._group.destroy()  # aborts a broadcast that a dead server keeps waiting
+            self._group.destroy()  # aborts a broadcast that waits for a dead server
             self._group = None
 
 

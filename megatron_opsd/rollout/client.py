@@ -1,4 +1,4 @@
-"""One vLLM server as rank 0 of a run sees it: requests over HTTP, and a channel for the weights."""
+"""Rank 0's client of one vLLM server: requests over HTTP, and a channel for the weights."""
 
 import asyncio
 import os
@@ -17,34 +17,34 @@ from megatron_opsd.rollout.serve import KEY_VARIABLE
 from megatron_opsd.rollout.vllm_setup import sampling_arguments
 from megatron_opsd.types import Rollout
 
-PROBE_SECONDS = 30.0  # a server that does not say in this time that it is well is not: vLLM answers beside its work
+PROBE_SECONDS = 30.0  # for /health; vLLM answers it also while it works, so a later answer means that it has failed
 CONTROL_SECONDS = 300.0  # for one bucket of weights, or another step of a refit
 
 
 class ServerError(Exception):
-    """What one server did, as the end of a sentence that begins with its URL."""
+    """How one server failed. The message ends a sentence that begins with the server's URL."""
 
 
 async def open_session() -> aiohttp.ClientSession:
     key = os.environ.get(KEY_VARIABLE)
-    # A connection for each request: an idle one may close just as it is used again, which would look like a failure.
+    # A new connection for each request: an idle one may close just when it is reused, which would look like a failure.
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
     return aiohttp.ClientSession(connector=connector, headers={"Authorization": f"Bearer {key}"} if key else {})
 
 
 class ServerClient:
-    """All that is asked of a server raises :class:`ServerError` where it fails."""
+    """Every request raises :class:`ServerError` if the server fails."""
 
     def __init__(self, url: str, session: aiohttp.ClientSession) -> None:
         self.url = url.rstrip("/")
         self.in_flight = 0
-        self.lost = ""  # what it did
+        self.lost = ""  # how it failed; empty if it has not
         self._session = session
         self._channel: Channel | None = None
 
     @property
     def healthy(self) -> bool:
-        """Whether it has taken part in all of the last refit and has not failed since."""
+        """Whether it took part in the whole last refit and has not failed since."""
         return self._channel is not None
 
     def close(self) -> None:
@@ -53,7 +53,7 @@ class ServerClient:
             self._channel = None
 
     async def check(self, max_model_len: int) -> None:
-        """Raise UserError unless the server is there, takes the key and has room for the run's sequences."""
+        """Raise UserError unless the server answers, accepts the key and takes sequences as long as the run's."""
         remedy = "start it with `opsd serve FILE.toml`, with this run's file and settings"
         try:
             await self._call("GET", "/health", timeout=PROBE_SECONDS)
@@ -68,13 +68,13 @@ class ServerClient:
             )
 
     async def watch(self) -> None:
-        """Ask for ever whether the server is well: a machine that is gone breaks no connection."""
+        """Probe the server's health forever: a machine that is gone does not close its connections."""
         while True:
             await asyncio.sleep(PROBE_SECONDS / 3)
             await self._call("GET", "/health", timeout=PROBE_SECONDS)
 
     async def write(self, prompt: list[int], sampling: Sampling, seed: int, label: str, version: int) -> Rollout:
-        """One rollout, written by the weights ``label`` and no others."""
+        """One rollout, written only by the weights ``label``."""
         body = {"token_ids": prompt, "sampling_params": sampling_arguments(sampling, seed)}
         answer = await self._call("POST", "/inference/v1/generate", body, timeout=None)  # long tails
         (choice,) = answer["choices"]
@@ -87,19 +87,19 @@ class ServerClient:
         return Rollout(choice["token_ids"], logprobs, choice["finish_reason"], version)
 
     async def begin_update(self, before: str, during: str) -> None:
-        """Make the server ready to receive, labelled ``during``; one that does not hold ``before`` joins first."""
+        """Make the server ready to receive, labelled ``during``. If it does not hold ``before``, it joins first."""
         if self._channel is not None:
             answer = await self._call("GET", "/weight_info", timeout=PROBE_SECONDS)
             if answer["weight_version"] != before:
                 self.close()
         if self._channel is None:
             await self._join()
-        await self._call("POST", "/pause")  # aborts what an abandoned step has left
+        await self._call("POST", "/pause")  # aborts requests that an abandoned step has left
         await self._call("POST", "/update_weight_version", {"new_version": during})
         await self._call_between_updates("/start_weight_update")
 
     async def receive(self, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
-        """Take a bucket."""
+        """Send a bucket to the server."""
         info = {
             "names": names,
             "dtype_names": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors],
@@ -110,7 +110,7 @@ class ServerClient:
         await self._both("/update_weights", {"update_info": info}, lambda: channel.send(tensors))
 
     async def end_update(self, label: str) -> None:
-        """Go on with the new weights, which are called ``label``."""
+        """Resume with the new weights, labelled ``label``."""
         await self._call("POST", "/finish_weight_update", {"weight_version": label})
         if not (await self._call("POST", "/reset_prefix_cache"))["success"]:
             raise ServerError("kept its prefix cache, of older weights")
@@ -131,7 +131,7 @@ class ServerClient:
             self.lost = ""
 
     async def _call_between_updates(self, path: str) -> None:
-        """POST to ``path``; an update that a killed run or a refused tensor has left open is closed first."""
+        """POST to ``path``. If it fails, first close an update that a killed run or a refused tensor has left open."""
         try:
             await self._call("POST", path)
         except ServerError:
@@ -139,7 +139,7 @@ class ServerClient:
             await self._call("POST", path)
 
     async def _both(self, path: str, body: Any, work: Callable[[], None]) -> None:
-        """POST to ``path`` while a thread does this side's part. Where one fails, the channel's end ends the other."""
+        """POST to ``path`` while a thread does this side's part. If one fails, closing the channel ends the other."""
         request = asyncio.ensure_future(self._call("POST", path, body))
         part = asyncio.ensure_future(asyncio.to_thread(work))
         await asyncio.wait((request, part), return_when=asyncio.FIRST_EXCEPTION)
@@ -152,7 +152,7 @@ class ServerClient:
         await part
 
     async def _call(self, method: str, path: str, body: Any = None, timeout: float | None = CONTROL_SECONDS) -> Any:
-        """One request; the parsed answer."""
+        """Send one request and return the parsed answer."""
         limits = aiohttp.ClientTimeout(total=timeout, sock_connect=PROBE_SECONDS)
         try:
             async with self._session.request(method, self.url + path, json=body, timeout=limits) as response:

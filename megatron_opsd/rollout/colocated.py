@@ -1,4 +1,4 @@
-"""vLLM inside the training processes, in turns with training on the same devices."""
+"""vLLM inside the training processes. It takes turns with training on the same devices."""
 
 import atexit
 import itertools
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 
 class ColocatedVLLM:
-    """An :class:`Engine` of world size / tensor_model_parallel_size vLLM engines, each on neighbouring ranks.
+    """An :class:`Engine` made of world size / tensor_model_parallel_size vLLM engines, each on consecutive ranks.
 
-    Starts with random weights: refit before the first token.
+    It starts with random weights: refit before the first token.
     """
 
     def __init__(self, config: Config, max_model_len: int) -> None:
@@ -37,7 +37,7 @@ class ColocatedVLLM:
         self._can_sleep = torch.cuda.is_available()
         self._version = -1
         self._asleep: set[str] = set()
-        atexit.register(self._wake_up_all)  # also where a guard or a user's mistake ends the run
+        atexit.register(self._wake_up_all)  # also if a guard or a user's mistake ends the run
 
     def generate(
         self,
@@ -56,7 +56,7 @@ class ColocatedVLLM:
             use_tqdm=False,
         )
         rollouts = self._run(requests, should_abort)
-        # One rank speaks for each engine; all ranks get all rollouts.
+        # One rank of each engine sends its rollouts; all ranks get all rollouts.
         gathered: list[list[Rollout] | None] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, rollouts if self._rank_in_engine == 0 or rollouts is None else [])
         if any(part is None for part in gathered):
@@ -65,12 +65,12 @@ class ColocatedVLLM:
         return [by_engine[i % self._engines][i // self._engines] for i in range(len(prompts))]
 
     def _run(self, requests: list[str], should_abort: Callable[[], bool]) -> list[Rollout] | None:
-        """The rollouts of all requests in their order; None where they were given up, by all ranks of this engine."""
+        """The rollouts of all requests in order, or None if all ranks of this engine abandoned them."""
         engine, outputs = self._llm.llm_engine, []
         for step in itertools.count():
             if not engine.has_unfinished_requests():
                 return [self._rollout(output.outputs[0]) for output in sorted(outputs, key=lambda o: int(o.request_id))]
-            # The ranks of an engine must do the same at the same step, so they ask one another, but not too often.
+            # The ranks of an engine must do the same at the same step, so they must agree. Do it only now and then.
             leave = should_abort() if self._group is None else step % 16 == 0 and _any(should_abort(), self._group)
             if leave:
                 engine.abort_request(requests, internal=True)
@@ -105,7 +105,7 @@ class ColocatedVLLM:
         self._wake_up("kv_cache")
 
     def _wake_up(self, tag: str) -> None:
-        if tag in self._asleep:  # vLLM would map memory that is awake once more
+        if tag in self._asleep:  # vLLM would map memory that is already awake a second time
             self._llm.wake_up(tags=[tag])
             self._asleep.remove(tag)
 
@@ -118,16 +118,16 @@ class ColocatedVLLM:
         self._llm.llm_engine.engine_core.shutdown()
 
     def _wake_up_all(self) -> None:
-        """Map the memory of what sleeps: when the process ends torch frees vLLM's pools, and would crash.
+        """Map all sleeping memory: at the end of the process torch frees vLLM's pools, which crashes if they sleep.
 
-        Where training itself ran out of memory there is no room, and this fails too, after the first error.
+        If training itself ran out of memory, there is no room and this fails too, after the first error.
         """
         for tag in ("weights", "kv_cache"):
             self._wake_up(tag)
 
 
 def _join_group(size: int) -> dist.ProcessGroup:
-    """The ranks of this rank's engine, on the host. All ranks of the run call this."""
+    """A CPU process group of the ranks of this rank's engine. All ranks of the run call this."""
     first = range(0, dist.get_world_size(), size)
     groups = [dist.new_group(list(range(rank, rank + size)), backend="gloo") for rank in first]
     return groups[dist.get_rank() // size]  # type: ignore[return-value]
@@ -141,9 +141,9 @@ def _any(flag: bool, group: dist.ProcessGroup) -> bool:
 
 @cache
 def import_vllm() -> "type[LLM]":
-    """vLLM's class for an engine in this process, imported in the environment that it needs."""
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine lives in this process
-    os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")  # vLLM's messages go where the run's go
+    """vLLM's class for an engine in this process, imported after its environment variables are set."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # run the engine in this process
+    os.environ.setdefault("VLLM_CONFIGURE_LOGGING", "0")  # send vLLM's messages to the run's logs
     prepare_environment()
     from vllm import LLM
 

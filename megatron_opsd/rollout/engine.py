@@ -1,4 +1,4 @@
-"""What the trainer asks of a rollout engine."""
+"""The interface of a rollout engine."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -20,15 +20,15 @@ class Sampling:
 
 
 class NoServerLeftError(RuntimeError):
-    """No rollout server is left to write rollouts or to take weights: the message says what became of each."""
+    """No rollout server is left to write rollouts or to take weights. The message says how each one failed."""
 
 
 class RefitError(RuntimeError):
-    """What vLLM holds is not what the student holds. The message names the tensor or the tokens that differ."""
+    """vLLM's weights differ from the student's. The message names the tensor or the tokens that differ."""
 
 
 class Engine(Protocol):
-    """Every rank calls each method together with all others."""
+    """All ranks call each method together."""
 
     def generate(
         self,
@@ -37,43 +37,43 @@ class Engine(Protocol):
         seeds: Sequence[int],
         should_abort: Callable[[], bool] = lambda: False,
     ) -> list[Rollout]:
-        """One rollout a prompt, in order, the same list on every rank.
+        """One rollout per prompt, in order; the same list on every rank.
 
-        seeds: one a prompt; a rollout depends on its prompt, seed and the weights, not on its neighbours.
-        should_abort: asked now and then, on each rank.
+        seeds: one per prompt. A rollout depends on its prompt, its seed and the weights, not on other prompts.
+        should_abort: called now and then on each rank.
 
         Raises:
-            AbandonedError: on all ranks, where ``should_abort`` was true on one and rollouts were still missing.
+            AbandonedError: on all ranks, if ``should_abort`` was true on one while rollouts were still missing.
         """
         ...
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take a whole set of weights under their Hugging Face names; rollouts carry ``version`` from now on."""
+        """Take a whole set of weights under their Hugging Face names. Later rollouts get the weight ``version``."""
         ...
 
     def sleep(self) -> None:
-        """Give the device's memory back to training: weights and KV cache are dropped."""
+        """Free the device's memory for training. This drops the weights and the KV cache."""
         ...
 
     def wake_up_weights(self) -> None:
-        """Make room for weights, which must then be refitted."""
+        """Allocate memory for the weights. They must then be refitted."""
         ...
 
     def wake_up_kv_cache(self) -> None:
-        """Make room for the KV cache, after the refit has freed its buckets."""
+        """Allocate memory for the KV cache, after the refit has freed its buckets."""
         ...
 
     def sleeping_bytes(self) -> int:
-        """Bytes that the device's allocator counts as this engine's although they sleep, on this rank."""
+        """Bytes that sleep on this rank although torch's allocator still counts them as this engine's."""
         ...
 
     def close(self) -> None:
-        """Leave the engine; what sleeps is woken first. Call once, on all ranks."""
+        """Shut the engine down; sleeping memory is woken first. Call once, on all ranks."""
         ...
 
 
 class AlwaysAwake:
-    """The part of an :class:`Engine` that holds no memory of the training processes' devices: there is none to give."""
+    """Sleep methods for an :class:`Engine` that uses no memory of the training processes' devices: they do nothing."""
 
     def sleep(self) -> None: ...
 
@@ -104,7 +104,7 @@ class NoEngine(AlwaysAwake):
 
 
 def sample_seed(seed: int, step: int, sample: int) -> int:
-    """A 63-bit seed of one sample of one step, whatever rank or engine writes it (splitmix64 of the three)."""
+    """A 63-bit seed for one sample of one step, independent of the rank and the engine (splitmix64 of the three)."""
     state = 0
     for value in (seed, step, sample):
         state = (state ^ value) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF

@@ -1,4 +1,4 @@
-"""The student's weights into the engine, every tensor exactly once and unaltered, or the run stops."""
+"""Refit: sends the student's weights to the engine, every tensor exactly once and unchanged, or stops the run."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,17 +11,17 @@ from megatron_opsd.rollout.engine import Engine, RefitError
 from megatron_opsd.weights.export import Exporter, checksum
 from megatron_opsd.weights.mapping import Shape
 
-# Mean absolute difference between vLLM's and Megatron's log-probs of the same tokens that the dtype explains, in nats.
+# Largest mean absolute difference, in nats, between vLLM's and Megatron's log-probs that rounding can explain.
 MAX_LOGPROB_GAP = {"float32": 1e-4, "bfloat16": 0.05}
 
 
 def refit(exporter: Exporter, engine: Engine, version: int, verify: bool) -> None:
-    """Stream the student's weights into ``engine`` and number them ``version``.
+    """Stream the student's weights into ``engine`` as weight ``version``.
 
-    verify: also compare the checksum of every tensor that arrives with the one taken before transport.
+    verify: also compare the checksum of every tensor that arrives with its checksum before the transfer.
 
     Raises:
-        RefitError: a tensor is missing, unknown, arrives twice, has the wrong shape or the wrong contents.
+        RefitError: a tensor is missing or unknown, arrives twice, or has the wrong shape or contents.
     """
     checksums = exporter.checksums() if verify else {}
     engine.update_weights(verified(exporter, exporter.table.hf_tensors(), checksums), version)
@@ -30,7 +30,7 @@ def refit(exporter: Exporter, engine: Engine, version: int, verify: bool) -> Non
 def verified(
     named_tensors: Iterable[tuple[str, Tensor]], expected: Mapping[str, Shape], checksums: Mapping[str, int]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Pass tensors on as they come, each checked first; at the end nothing may be missing."""
+    """Check each tensor and pass it on; at the end check that none is missing."""
     missing = dict(expected)
     for name, tensor in named_tensors:
         if name not in missing:
@@ -51,7 +51,7 @@ def check_logprob_gap(losses: LossSums, version: int, config: Config) -> None:
     """Compare vLLM's log-probs of its own tokens with Megatron's for the same tokens and weights (temperature 1).
 
     Raises:
-        RefitError: the mean absolute difference over the step's response tokens is larger than the dtype explains.
+        RefitError: the mean absolute difference over the step's response tokens is too large for the dtype.
     """
     means = losses.means()
     gap, largest = (
@@ -59,7 +59,7 @@ def check_logprob_gap(losses: LossSums, version: int, config: Config) -> None:
         config.rollout.refit_max_logprob_gap or MAX_LOGPROB_GAP[config.model.dtype],
     )
     if math.isnan(means["logprob_student"]):
-        return  # the step is skipped; a difference says nothing
+        return  # this step is skipped, so the difference has no meaning
     if not gap <= largest:
         raise RefitError(
             f"refit: vLLM's log-probs differ from the student's by {gap:.2g} on average (limit {largest:.2g}, worst "

@@ -15,7 +15,7 @@ from megatron_opsd.rollout.vllm_setup import engine_arguments, prepare_environme
 
 KEY_VARIABLE = "OPSD_API_KEY"
 
-# What the trainer uses. vLLM's development mode, which the weights need, opens many more: calls of any method, even.
+# What the trainer uses. Weight transfer needs vLLM's development mode, which opens many more: even calls of any method.
 OPEN_PATHS = {
     "/health",
     "/v1/models",
@@ -35,10 +35,10 @@ OPEN_PATHS = {
 
 
 def serve(config: Config, max_model_len: int, host: str, port: int) -> None:
-    """Become the server: this process is replaced, so that signals reach vLLM.
+    """Replace this process by the server, so that signals reach vLLM.
 
     Raises:
-        UserError: ``host`` can be reached from elsewhere and there is no key.
+        UserError: other machines can reach ``host``, and there is no key.
     """
     if not is_loopback(host) and not os.environ.get(KEY_VARIABLE):
         raise UserError(
@@ -46,7 +46,7 @@ def serve(config: Config, max_model_len: int, host: str, port: int) -> None:
             f"variable {KEY_VARIABLE} to a secret here and where the run trains, or serve on 127.0.0.1"
         )
     prepare_environment()
-    os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # the weights' paths exist in no other
+    os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # only this mode has the paths for weights
     arguments = {
         **engine_arguments(config, max_model_len),
         "host": host,
@@ -57,7 +57,7 @@ def serve(config: Config, max_model_len: int, host: str, port: int) -> None:
         "enable_scale_out": True,  # token ids in, token ids out
         "disable_uvicorn_access_log": True,
     }
-    # `vllm serve` wants a distribution of the name vllm, which the one for CPU has not.
+    # Not `vllm serve`: it needs a distribution named vllm, and the one for CPU has another name.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *as_flags(arguments)]
     sys.stdout.flush()
     os.execv(sys.executable, command)
@@ -73,7 +73,7 @@ def is_loopback(host: str) -> bool:
 
 
 def as_flags(arguments: dict[str, Any]) -> list[str]:
-    """Keyword arguments as vLLM's command line has them; None is left to vLLM."""
+    """Keyword arguments as flags of vLLM's command line; None leaves vLLM's default."""
     flags = []
     for name, value in arguments.items():
         flag = name.replace("_", "-")
@@ -85,9 +85,9 @@ def as_flags(arguments: dict[str, Any]) -> list[str]:
 
 
 class Gate:
-    """ASGI middleware: lets through only what the trainer uses and, where the server has a key, who has it too.
+    """ASGI middleware that admits only the paths that the trainer uses and, if the server has a key, only with the key.
 
-    vLLM's own --api-key leaves the paths of the weights open.
+    vLLM's own --api-key does not protect the paths for weights.
     """
 
     def __init__(self, app: Any) -> None:

@@ -1,8 +1,8 @@
-"""vLLM in servers of its own, beside the training processes or on other nodes; ``opsd serve`` starts one.
+"""vLLM in separate servers, on the training nodes or on others; ``opsd serve`` starts one.
 
-Rank 0 speaks to the servers, for all ranks. A server that fails is lost until the next refit, which takes it back if it
-answers; its unfinished responses go to the others. vLLM puts the label of its weights on every response, so that no
-response of a server that restarted in between is taken for good.
+Rank 0 talks to the servers for all ranks. If a server fails, its unfinished responses go to the others, and the next
+refit takes it back if it answers. vLLM puts the label of its weights on every response, so that responses of a server
+that restarted in between are detected.
 """
 
 import asyncio
@@ -24,23 +24,23 @@ from megatron_opsd.rollout.engine import AlwaysAwake, NoServerLeftError, Samplin
 from megatron_opsd.types import Rollout
 
 POLL_SECONDS = 1.0
-WATCH = -1  # the index of what is no prompt
+WATCH = -1  # instead of a prompt's index: the task that watches a server
 
 T = TypeVar("T")
 
 
 class ServedVLLM(AlwaysAwake):
-    """An :class:`Engine` of the servers ``rollout.servers``, whose memory is their own: nothing sleeps, nothing wakes.
+    """An :class:`Engine` made of the servers ``rollout.servers``. They have their own memory, so nothing has to sleep.
 
     Raises:
-        UserError: at the start, a server that does not answer or was started for shorter sequences.
+        UserError: at the start, if a server does not answer or was started for shorter sequences.
         NoServerLeftError: later, from ``generate`` and ``update_weights``, on all ranks.
     """
 
     def __init__(self, config: Config, max_model_len: int) -> None:
         self._most_in_flight = config.rollout.max_num_seqs
         self._bucket_bytes = int(config.rollout.refit_bucket_mib * 2**20)
-        self._run = secrets.token_hex(8)  # other runs' weights have other labels
+        self._run = secrets.token_hex(8)  # distinguishes the labels of this run's weights from other runs'
         self._label = ""
         self._version = -1
         self._group: Any = dist.new_group(backend="gloo")
@@ -67,7 +67,7 @@ class ServedVLLM(AlwaysAwake):
     ) -> list[Rollout]:
         assert self._version >= 0, "refit before the first token"
         if not self._is_client:
-            while not any(self._agree(should_abort(), done=False)):  # rank 0 asks every POLL_SECONDS
+            while not any(self._agree(should_abort(), done=False)):  # rank 0 joins every POLL_SECONDS
                 pass
         return self._together(lambda: self._generate(prompts, sampling, seeds, should_abort))
 
@@ -76,7 +76,7 @@ class ServedVLLM(AlwaysAwake):
         self._together(self._begin_update)
         bucket: list[tuple[str, Tensor]] = []
         size = 0
-        for name, tensor in named_tensors:  # a collective: to its end, whoever is left to send to
+        for name, tensor in named_tensors:  # a collective: iterate to the end even if no server is left
             if self._is_client:
                 bucket.append((name, tensor))
                 size += tensor.nbytes
@@ -96,7 +96,7 @@ class ServedVLLM(AlwaysAwake):
             self._loop.close()
 
     def _together(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Rank 0 does the work; every rank gets what it returns, or raises what it raises."""
+        """Rank 0 does the work; every rank returns its result or raises its exception."""
         outcome: list[Any] = [None, None]
         if self._is_client:
             try:
@@ -109,12 +109,12 @@ class ServedVLLM(AlwaysAwake):
         return outcome[0]
 
     def _agree(self, should_abort: bool, done: bool) -> tuple[bool, bool]:
-        """Whether any rank gives up, and whether rank 0 is done. All ranks call this together."""
+        """Whether any rank wants to abort, and whether rank 0 is done. All ranks call this together."""
         flags = torch.tensor([should_abort, done], dtype=torch.int32)
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group)
         return bool(flags[0]), bool(flags[1])
 
-    # From here on rank 0 is alone.
+    # Only rank 0 calls the methods below.
 
     async def _check(self, max_model_len: int) -> None:
         await asyncio.gather(*(server.check(max_model_len) for server in self._servers))
@@ -134,7 +134,7 @@ class ServedVLLM(AlwaysAwake):
         self._check_left()
 
     async def _each(self, servers: Iterable[ServerClient], step: Callable[[ServerClient], Awaitable[None]]) -> None:
-        """Do a step with all of ``servers`` at once; who fails is lost."""
+        """Do a step with all of ``servers`` at once; a server that fails is lost."""
 
         async def one(server: ServerClient) -> None:
             try:
@@ -174,7 +174,7 @@ class ServedVLLM(AlwaysAwake):
         return work.result()
 
     async def _write_all(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Rollout]:
-        """Spread the prompts over the healthy servers; those of a server that fails go to the others."""
+        """Distribute the prompts over the healthy servers. If one fails, the others get its prompts."""
         rollouts: dict[int, Rollout] = {}
         waiting = deque(range(len(prompts)))
         running: dict[asyncio.Task[Any], tuple[ServerClient, int]] = {}
@@ -193,7 +193,7 @@ class ServedVLLM(AlwaysAwake):
                 done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     if task not in running:
-                        continue  # of a server that was lost just now
+                        continue  # its server was lost just now
                     server, index = running[task]
                     failure = task.exception()
                     if isinstance(failure, ServerError):

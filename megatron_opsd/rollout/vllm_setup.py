@@ -1,6 +1,6 @@
-"""What the two engines have in common: vLLM's environment and its arguments.
+"""What the two engines share: vLLM's environment variables and its arguments.
 
-This module imports vLLM nowhere but inside functions, so that the environment is there first.
+This module does not import vLLM, because the environment has to be set before that.
 """
 
 import os
@@ -13,10 +13,7 @@ from megatron_opsd.rollout.engine import Sampling
 
 
 def prepare_environment() -> None:
-    """What vLLM reads from the environment while it is imported; values the user has set stay.
-
-    The one place where the project sets variables for vLLM.
-    """
+    """Set the variables that vLLM reads when it is imported. Values that the user has set stay."""
     settings = {"VLLM_NO_USAGE_STATS": "1"}
     if not torch.cuda.is_available():
         settings |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1", "VLLM_HOST_IP": "127.0.0.1"}
@@ -25,7 +22,7 @@ def prepare_environment() -> None:
 
 
 def engine_arguments(config: Config, max_model_len: int) -> dict[str, Any]:
-    """vLLM's engine arguments wherever the engine lives. Its weights are random: refit before the first token."""
+    """vLLM's arguments for both kinds of engine. Its weights are random: refit before the first token."""
     rollout = config.rollout
     on_gpu = torch.cuda.is_available()
     return {
@@ -38,7 +35,7 @@ def engine_arguments(config: Config, max_model_len: int) -> dict[str, Any]:
         "enforce_eager": rollout.enforce_eager or not on_gpu,
         "gpu_memory_utilization": rollout.gpu_memory_utilization,
         "kv_cache_memory_bytes": None if on_gpu else int(rollout.kv_cache_gib * 2**30),
-        "enable_chunked_prefill": None if on_gpu else False,  # it rewinds seeded generators, which the CPU's cannot
+        "enable_chunked_prefill": None if on_gpu else False,  # it rewinds seeded generators; on CPU they cannot
         "max_num_batched_tokens": None if on_gpu else max(max_model_len, 8192),
         "seed": config.train.seed,
         "disable_log_stats": True,
@@ -53,6 +50,6 @@ def sampling_arguments(sampling: Sampling, seed: int) -> dict[str, Any]:
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
         "seed": seed,
-        "logprobs": 0,  # of the sampled token alone, at temperature 1
+        "logprobs": 0,  # only of the sampled token, at temperature 1
         "detokenize": False,
     }

@@ -1,7 +1,7 @@
-"""Weights from the trainer into a vLLM server: vLLM's weight-transfer engines, as its workers load them.
+"""Weights from the trainer into a vLLM server: the weight-transfer engines that vLLM's workers load.
 
 Imported only inside vLLM's workers; the trainer's end is ``channel.py``. The names, shapes and types of a bucket come
-over HTTP, its contents beside it: as raw bytes over TCP on CPU, through NCCL on GPU. Nothing is ever unpickled.
+over HTTP. Its contents come separately: as raw bytes over TCP on CPU, through NCCL on GPU. Nothing is ever unpickled.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from megatron_opsd.rollout.channel import TIMEOUT_SECONDS, as_bytes, receive_int
 class TCPInitInfo(WeightTransferInitInfo):
     address: str
     port: int
-    token: str  # says to the trainer that this is its server
+    token: str  # proves to the trainer that this is its server
 
 
 @dataclass
@@ -38,7 +38,7 @@ class TCPUpdateInfo(WeightTransferUpdateInfo):
 
 
 class TCPEngine(WeightTransferEngine[TCPInitInfo, TCPUpdateInfo]):
-    """For CPU: each worker reads the whole tensors from a connection of its own."""
+    """For CPU: each worker reads the whole tensors from its own connection."""
 
     init_info_cls = TCPInitInfo
     update_info_cls = TCPUpdateInfo
@@ -59,7 +59,7 @@ class TCPEngine(WeightTransferEngine[TCPInitInfo, TCPUpdateInfo]):
     def receive_weights(self, update_info: TCPUpdateInfo) -> None:
         assert self._connection is not None, "init_transfer_engine before weights"
         for name, dtype, shape in zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True):
-            # Memory of its own for each: vLLM keeps a tensor until its layer is complete.
+            # New memory for each tensor: vLLM keeps it until its layer is complete.
             tensor = torch.empty(shape, dtype=getattr(torch, dtype))
             receive_into(self._connection, as_bytes(tensor))
             self.model.load_weights([(name, tensor)])  # type: ignore[operator]
@@ -75,7 +75,7 @@ class TCPEngine(WeightTransferEngine[TCPInitInfo, TCPUpdateInfo]):
 
 
 class NCCLEngine(NCCLWeightTransferEngine):
-    """vLLM's own, but an update that broke off leaves nothing to the next."""
+    """vLLM's engine, except that an interrupted update leaves nothing behind for the next one."""
 
     def start_weight_update(self) -> None:
         before_reload(self.model, self.model_config)
@@ -87,5 +87,5 @@ class RegisterEngines:
 
 
 for _name, _engine in (("opsd_tcp", TCPEngine), ("opsd_nccl", NCCLEngine)):
-    with contextlib.suppress(ValueError):  # known already
+    with contextlib.suppress(ValueError):  # already registered
         WeightTransferEngineFactory.register_engine(_name, _engine)

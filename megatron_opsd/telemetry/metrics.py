@@ -1,4 +1,4 @@
-"""Where a step's numbers go: JSONL, TensorBoard, the terminal, the logs."""
+"""Writes the metrics of a step to JSONL, TensorBoard, the terminal and the logs."""
 
 import faulthandler
 import json
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Clock:
-    """Seconds of each phase of a step, on a device that has finished its work."""
+    """Seconds of each phase of a step, measured after the device has finished its work."""
 
     def __init__(self, on_enter: Callable[[str], None]) -> None:
         self._on_enter, self._start = on_enter, time.perf_counter()
@@ -54,7 +54,7 @@ class Clock:
 class MetricsWriter:
     """metrics.jsonl, TensorBoard and the terminal. On ranks other than 0 (``enabled`` false) it does nothing.
 
-    A resumed run drops the lines that were written after its checkpoint, so that each step is there once.
+    A resumed run drops the lines that were written after its checkpoint, so that each step appears once.
     """
 
     def __init__(self, config: Config, tokenizer: "PreTrainedTokenizerBase", start: int, enabled: bool) -> None:
@@ -65,7 +65,7 @@ class MetricsWriter:
         run_dir.config.write_text(dump_toml(config))
         self._metrics = _open_log(run_dir.metrics, start)
         self._evaluations = _open_log(run_dir.evaluations, start)
-        purge = start + 1 if start else 0  # also after a start that ended before its first checkpoint
+        purge = start + 1 if start else 0  # 0 purges what a start without a checkpoint has left
         self._board = SummaryWriter(str(run_dir.tensorboard), purge_step=purge) if config.logging.tensorboard else None
         self._rollouts_interval = config.logging.rollouts_interval
         self._console = Console()
@@ -90,12 +90,12 @@ class MetricsWriter:
                 self._board.close()
 
     def say(self, text: str) -> None:
-        """One line for the reader."""
+        """Print one line on the terminal."""
         if self.enabled:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def warn(self, warnings: Sequence[str]) -> None:
-        """One line each, on the terminal and in the log."""
+        """Write one line per warning to the terminal and the log."""
         for text in warnings:
             events.record("warning", text=text)
             self.say(f"warning: {text}")
@@ -139,7 +139,7 @@ class MetricsWriter:
 
 
 def is_due(step: int, interval: int) -> bool:
-    """Whether something done every ``interval`` steps is done after ``step``; never where the interval is 0."""
+    """Whether something that happens every ``interval`` steps is due after ``step``. An interval of 0 means never."""
     return interval > 0 and step % interval == 0
 
 
@@ -158,14 +158,14 @@ def _describe(result: StepResult, tokenizer: "PreTrainedTokenizerBase") -> list[
 
 
 def format_scores(scores: dict[str, float]) -> str:
-    """Accuracies as a reader wants them."""
+    """Accuracies as text."""
     return "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
 
 
 def start_logging(run_dir: RunDir, rank: int, command: str = "train") -> None:
-    """Send this rank's messages to a file of its own; the terminal gets the metrics.
+    """Send this rank's log messages to its own file; the terminal shows only the metrics.
 
-    The file also gets Python's warnings, and the stacks of all threads at a crash and at a SHOW_STACKS.
+    The file also gets Python's warnings, and the stacks of all threads after a crash or a SHOW_STACKS signal.
     """
     run_dir.logs.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(run_dir.logs / f"{command}_rank_{rank:04d}.log")

@@ -1,1 +1,1 @@
-"""Hugging Face's names and Megatron's: weights come in, and go to the engine, in any layout."""
+"""Maps Hugging Face's weight names to Megatron's: loads weights into any layout and exports them from any layout."""

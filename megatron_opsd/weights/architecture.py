@@ -1,4 +1,4 @@
-"""What a Hugging Face config.json says about a model, in Megatron's words."""
+"""What a Hugging Face config.json says about a model, under Megatron's names."""
 
 import json
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from megatron_opsd.errors import UserError
 from megatron_opsd.weights.published import PUBLISHED
 from megatron_opsd.weights.tables import FAMILIES
 
-# Features that no family's table and no model here has; other values than these are refused.
+# Features that our models do not implement, each with its only supported value; other values are refused.
 _SUPPORTED = {
     "attention_bias": False,
     "use_sliding_window": False,
@@ -27,7 +27,7 @@ class MixtureOfExperts:
     moe_ffn_hidden_size: int
     moe_router_topk: int
     norm_topk_prob: bool
-    """The weights of a token's experts are made to sum to 1."""
+    """The weights of a token's experts are normalized to sum to 1."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Architecture:
     moe: MixtureOfExperts | None
 
     def has(self, megatron_name: str) -> bool:
-        """Whether the family's table has a parameter whose name ends so."""
+        """Whether the family's table has a parameter whose name ends with ``megatron_name``."""
         return any(row.megatron.endswith(megatron_name) for row in FAMILIES[self.family])
 
     def padded_vocab_size(self, tp_size: int) -> int:
@@ -60,7 +60,7 @@ class Architecture:
 
 @dataclass(frozen=True)
 class _ConfigFile:
-    """A config.json whose fields are asked for one by one."""
+    """A config.json. Reading a missing field raises a UserError that names it."""
 
     file: Path
     raw: dict[str, Any]
@@ -80,7 +80,7 @@ def read_architecture(path: str | Path) -> Architecture:
     """Read ``path``/config.json.
 
     Raises:
-        UserError: no such file, a field missing, or a feature of the architecture that is not supported.
+        UserError: the file or a field is missing, or the architecture has a feature that is not supported.
     """
     file = Path(path) / "config.json"
     if not Path(path).is_dir():
@@ -91,7 +91,9 @@ def read_architecture(path: str | Path) -> Architecture:
 
 
 def published_architecture(path: str) -> Architecture:
-    """The architecture of a published model, by the last part of its path or id (``Qwen/Qwen3-32B``), without files.
+    """The architecture of a published model, found by the last part of its path or id (``Qwen/Qwen3-32B``).
+
+    It needs no files.
 
     Raises:
         UserError: not the name of a model in published.py.
@@ -123,7 +125,7 @@ def _parse(config: _ConfigFile) -> Architecture:
         ffn_hidden_size=config["intermediate_size"],
         num_attention_heads=heads,
         num_query_groups=config["num_key_value_heads"],
-        # Qwen2's heads share the hidden size, and its files do not say so.
+        # Qwen2's files have no head_dim: its heads divide the hidden size.
         kv_channels=config["hidden_size"] // heads if family == "qwen2" else config["head_dim"],
         vocab_size=config["vocab_size"],
         max_position_embeddings=config["max_position_embeddings"],
@@ -136,12 +138,12 @@ def _parse(config: _ConfigFile) -> Architecture:
 
 def _read_moe(config: _ConfigFile) -> MixtureOfExperts:
     moe = MixtureOfExperts(
-        # What the published files call num_experts, transformers 5 writes as num_local_experts.
+        # The published files have num_experts; transformers 5 writes it as num_local_experts.
         num_moe_experts=config.raw.get("num_local_experts") or config["num_experts"],
         moe_ffn_hidden_size=config["moe_intermediate_size"],
         moe_router_topk=config["num_experts_per_tok"],
         norm_topk_prob=config.raw.get("norm_topk_prob", False),
     )
-    if moe.norm_topk_prob and moe.moe_router_topk == 1:  # the one weight would always be 1, and the router never learn
+    if moe.norm_topk_prob and moe.moe_router_topk == 1:  # the only weight would always be 1: the router cannot learn
         raise config.refuse("num_experts_per_tok", "2 or more where norm_topk_prob is true")
     return moe

@@ -13,10 +13,10 @@ from megatron_opsd.weights.mapping import NameTable, Rule, Shape
 
 @dataclass(frozen=True)
 class _Entry:
-    """A parameter as every rank of the pipeline knows it."""
+    """What all ranks of the pipeline know of a parameter."""
 
     stage: int
-    name: str  # experts numbered as on their rank
+    name: str  # with the expert's number on its rank
     is_expert: bool
     shape: Shape  # of one rank's shard
     dtype: torch.dtype
@@ -34,9 +34,9 @@ class _Entry:
 class Exporter:
     """Streams a model's weights under their Hugging Face names, bucket by bucket, to all ranks at once.
 
-    Every rank must iterate: a bucket is one all-gather on the stage that owns it, over the tensor-parallel ranks or,
-    for experts, over the expert-parallel ones, and one broadcast along the pipeline. Buckets are never re-used, so a
-    consumer may keep what it is given.
+    Every rank must iterate. For each bucket, the stage that owns it does one all-gather over the tensor-parallel ranks
+    (for experts: over the expert-parallel ranks), and one broadcast follows along the pipeline. The memory of a bucket
+    is never reused, so a consumer may keep the tensors.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Exporter:
         return self.ep_group if entry.is_expert else self.tp_group
 
     def _rules(self, entry: _Entry) -> list[Rule]:
-        """The entry's rule; of experts the rule on each expert-parallel rank."""
+        """The entry's rule; for experts, the rule of each expert-parallel rank."""
         if not entry.is_expert:
             return [self.table.rule(entry.name)]
         ranks = self.ep_group.size()
@@ -78,8 +78,8 @@ class Exporter:
     def _fill_buckets(self, bucket_bytes: int) -> list[list[_Entry]]:
         buckets: list[list[_Entry]] = []
         size = 0
-        # In the model's order, so that a consumer has a layer complete before the next: experts change the kind twice a
-        # layer, and the buckets are then parts of layers.
+        # Keep the model's order, so that a consumer gets one complete layer before the next. With experts the kind
+        # changes twice in each layer, so a bucket is then a part of a layer.
         for entry in self._entries:
             entry_bytes = entry.numel * entry.dtype.itemsize * self._shard_group(entry).size()
             if not buckets or buckets[-1][-1].kind != entry.kind or size + entry_bytes > bucket_bytes:
@@ -113,7 +113,7 @@ class Exporter:
     def _assemble(self, entry: _Entry, shards: Tensor) -> Iterator[tuple[str, Tensor]]:
         rules = self._rules(entry)
         if entry.is_expert:
-            for rule, shard in zip(rules, shards, strict=True):  # each rank's shard is an expert of its own
+            for rule, shard in zip(rules, shards, strict=True):  # each rank's shard is another expert
                 yield from zip(rule.hf, rule.split(shard), strict=True)
             return
         (rule,) = rules
@@ -156,8 +156,8 @@ _ELEMENTS_AT_ONCE = 2**22  # of the int64 copy that a checksum makes
 def checksum(tensor: Tensor, dim: int | None = None, offset: int = 0) -> Tensor:
     """Checksum of the elements' bit patterns and places: Σ bits · row weight · column weight modulo 2^64, an int64.
 
-    The weights are odd, so that any one changed element shows, and differ, so that an exchange of elements does. A
-    shard that starts at ``offset`` along ``dim`` of a whole tensor gives its part of the whole one's checksum.
+    The weights are odd, so that it detects any one changed element. They differ, so that it detects exchanged elements.
+    A shard that starts at ``offset`` along ``dim`` of a whole tensor gives its part of the checksum of the whole.
     """
     bits = tensor.contiguous().view(_INTEGERS[tensor.element_size()]).reshape(tensor.shape[0], -1)
     rows, columns = (

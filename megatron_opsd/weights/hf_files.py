@@ -44,10 +44,10 @@ class HFReader:
         return self._files[file]
 
     def check(self, expected: dict[str, Shape]) -> None:
-        """Compare names and shapes with those the architecture calls for.
+        """Compare names and shapes with those that the architecture requires.
 
         Raises:
-            UserError: the first missing, unexpected or misshapen tensor.
+            UserError: a tensor is missing, unexpected or has the wrong shape; names the first one.
         """
         for name, shape in expected.items():
             if name not in self._file_of:
@@ -63,10 +63,10 @@ class HFReader:
             raise UserError(f"{self.path}: {len(extra)} tensors the architecture does not have, first {extra[0]}")
 
     def dtype(self) -> torch.dtype:
-        """The one dtype of all tensors.
+        """The dtype of all tensors.
 
         Raises:
-            UserError: there are several, or one that no model here has.
+            UserError: the tensors have several dtypes, or one that is not supported.
         """
         names = sorted({self._open(file).get_slice(name).get_dtype() for name, file in self._file_of.items()})
         known = [dtype for dtype, name in _NAMES.items() if [name] == names]
@@ -87,7 +87,7 @@ def shard_name(index: int, count: int) -> str:
 
 
 def write_index(path: Path, shards: Sequence[Iterable[str]], total_size: int) -> None:
-    """Write which shard holds which tensor, where there are several."""
+    """Write which shard holds which tensor, if there is more than one shard."""
     if len(shards) > 1:
         files = {name: shard_name(i, len(shards)) for i, names in enumerate(shards) for name in names}
         index = {"metadata": {"total_size": total_size}, "weight_map": files}
@@ -104,7 +104,7 @@ def copy_model_files(source: Path, target: Path, dtype: torch.dtype) -> None:
 
 
 class ShardWriter:
-    """Writes a safetensors file whose tensors come in order and in parts, so that none need be held whole."""
+    """Writes a safetensors file. Its tensors come in order and in parts, so no whole tensor has to be in memory."""
 
     def __init__(self, file: Path, tensors: dict[str, Shape], dtype: torch.dtype) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -113,13 +113,13 @@ class ShardWriter:
             start, end = end, end + math.prod(shape) * dtype.itemsize
             header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
         text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)  # the format wants the tensors aligned
+        text += b" " * (-len(text) % 8)  # the format requires aligned tensors
         self._file = file.open("wb")
         self._file.write(len(text).to_bytes(8, "little") + text)
         self._size = 8 + len(text) + end
 
     def write(self, tensor: Tensor) -> None:
-        """The next rows of the tensor that is being written, or the first of the next tensor."""
+        """Append rows of the current tensor, or the first rows of the next one."""
         self._file.write(tensor.contiguous().view(torch.uint8).numpy().data)
 
     def close(self) -> None:
@@ -132,7 +132,7 @@ class ShardWriter:
 
 def write_hf(tensors: Iterable[tuple[str, Tensor]], source: Path, target: Path, dtype: torch.dtype) -> None:
     """Write ``tensors`` as a Hugging Face directory: safetensors shards of at most 5 GiB, index, and the
-    configuration, tokenizer and generation files of ``source``. Appears under its name only when complete."""
+    configuration, tokenizer and generation files of ``source``. The directory gets its name when it is complete."""
     staging = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)

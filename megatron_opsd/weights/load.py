@@ -1,4 +1,4 @@
-"""Hugging Face files into a Megatron model of any layout; a rank reads only its slices."""
+"""Loads Hugging Face files into a Megatron model of any layout; a rank reads only its slices."""
 
 import torch
 import torch.distributed as dist
@@ -9,7 +9,7 @@ from megatron_opsd.weights.mapping import NameTable, Rule, Shard
 
 
 def global_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The parameters of one pipeline stage, layers numbered as in the whole model, experts as on their rank."""
+    """The parameters of one pipeline stage. Layers have their number in the whole model, experts that on their rank."""
     offsets = {
         f"decoder.layers.{i}.": f"decoder.layers.{layer.layer_number - 1}."
         for i, layer in enumerate(model.get_submodule("decoder.layers"))  # type: ignore[arg-type]
@@ -33,8 +33,8 @@ def load_hf(
 ) -> None:
     """Fill ``model`` (one rank's stage and shard) from a Hugging Face directory.
 
-    dp_group, expert_dp_group: the ranks that hold the same parameters, or the same experts. With them the first of a
-    group reads and the others are sent what it read, so that a cluster reads each file once.
+    dp_group, expert_dp_group: the ranks that hold the same parameters, or the same experts. If given, the first rank of
+    a group reads and broadcasts to the others, so that the cluster reads each slice only once.
     """
     first_expert = shard.ep_rank * table.experts_per_rank(shard.ep_size)
     for name, parameter in global_parameters(model):
@@ -55,6 +55,6 @@ def _read_slice(reader: HFReader, rule: Rule, hf_name: str, shard: Shard, target
     size = target.shape[0] if rule.is_vocab else whole // shard.tp_size
     start, stop = min(shard.tp_rank * size, whole), min((shard.tp_rank + 1) * size, whole)
     rows = reader.read(hf_name, rule.dim, start, stop)
-    if rule.is_vocab and stop - start < size:  # the padding at the vocabulary's end
+    if rule.is_vocab and stop - start < size:  # padding at the end of the vocabulary
         rows = torch.cat([rows, rows.new_zeros(size - (stop - start), rows.shape[1])])
     return rows

@@ -1,8 +1,8 @@
 """How a Megatron parameter is made of Hugging Face tensors, for one architecture and any rank's shard.
 
-A rule works on one rank's shards: ``fuse`` makes the Megatron shard from that rank's slices of the Hugging Face
-tensors, ``split`` undoes it. A slice is the rank's even part along ``dim``, so the whole Hugging Face tensor is the
-concatenation of all tensor-parallel ranks' slices, and the same table serves import, export and every layout.
+A rule works on the shards of one rank. ``fuse`` makes the Megatron shard from that rank's slices of the Hugging Face
+tensors, and ``split`` is the inverse. A slice is the rank's equal part along ``dim``, so the whole Hugging Face tensor
+is the concatenation of all tensor-parallel ranks' slices. The same table works for import, export and every layout.
 """
 
 import re
@@ -20,7 +20,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Shard:
-    """Which shard of the model a rank holds; its pipeline stage shows in its parameters' names."""
+    """Which shard of the model a rank holds. The names of its parameters show the pipeline stage."""
 
     tp_rank: int = 0
     tp_size: int = 1
@@ -30,12 +30,12 @@ class Shard:
 
 @dataclass(frozen=True)
 class Rule:
-    """A row of a family's table for one parameter: names filled in, shapes in numbers.
+    """A row of a family's table for one parameter, with the names filled in and the shapes as numbers.
 
-    dim: dimension that tensor parallelism splits; None where every rank holds the whole.
-    group_rows: rows of each tensor in one query group; None where the (equally large) tensors follow one another.
+    dim: the dimension that tensor parallelism splits; None if every rank holds the whole tensor.
+    group_rows: rows of each tensor in one query group; None if the tensors (of equal size) follow one another.
     is_vocab: the rows are vocabulary entries, padded at the end with zeros.
-    is_expert: expert-parallel ranks hold other experts under the same Megatron name.
+    is_expert: each expert-parallel rank holds another expert under the same Megatron name.
     """
 
     megatron: str
@@ -46,7 +46,7 @@ class Rule:
     is_expert: bool
 
     def fuse(self, parts: Sequence[Tensor]) -> Tensor:
-        """The rank's Megatron shard of the rank's slices of the Hugging Face tensors."""
+        """The rank's Megatron shard, from its slices of the Hugging Face tensors."""
         if len(parts) == 1:
             return parts[0]
         rows = self.group_rows or [len(part) for part in parts]
@@ -54,7 +54,7 @@ class Rule:
         return torch.cat(groups, dim=1).flatten(0, 1)
 
     def split(self, weight: Tensor) -> list[Tensor]:
-        """The rank's slices of the Hugging Face tensors, of the rank's Megatron shard."""
+        """The rank's slices of the Hugging Face tensors, from its Megatron shard."""
         rows = self.group_rows or [len(weight) // len(self.hf)] * len(self.hf)
         groups = weight.unflatten(0, (-1, sum(rows)))
         return [part.flatten(0, 1) for part in groups.split(list(rows), dim=1)]

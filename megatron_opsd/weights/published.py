@@ -1,4 +1,4 @@
-"""What the config.json files of published sizes say of the architecture, so that plans need no download."""
+"""The architectures of published sizes as in their config.json files, so that plans need no download."""
 
 COMMON = {
     "hidden_act": "silu",

@@ -1,7 +1,6 @@
 """One table per model family: which Hugging Face tensors each Megatron parameter is made of.
 
-Here are only names, shapes and splits; mapping.py knows what to do with them. docs/architecture.md adds a family
-as an example.
+This file has only names, shapes and splits; mapping.py applies them. docs/architecture.md shows how to add a family.
 """
 
 from dataclasses import dataclass
@@ -9,18 +8,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Row:
-    """A parameter of Megatron and the tensors of Hugging Face's that it holds.
+    """A Megatron parameter and the Hugging Face tensors that it contains.
 
-    megatron: the parameter's name. ``{layer}`` is the layer's number in the whole model, ``{expert}`` for the
-        expert's (in ``hf``) and for its number among the rank's experts (in ``megatron``).
+    megatron: the parameter's name. ``{layer}`` is the layer's number in the whole model. ``{expert}`` is the expert's
+        number in the whole model (in ``hf``) or among the rank's experts (in ``megatron``).
     hf: the tensors' names and whole shapes, in the order in which Megatron keeps their rows. A shape has a letter for
         each dimension: h hidden_size, v vocab_size, q and k the rows of all query heads and of all key (or value)
         heads, d head_dim, f intermediate_size, e num_experts, m moe_intermediate_size.
-    dim: the dimension that tensor parallelism splits; None where every rank holds the whole.
-    by_query_group: Megatron keeps the rows of one query group together (its queries, its key, its value), then the
-        next group's. Otherwise the tensors follow one another, such as gate and up projections.
-    transformer_engine: the name under Transformer Engine's layers, where it is another: they fuse norms into the
-        linear layers behind them, and all of a rank's experts into one module.
+    dim: the dimension that tensor parallelism splits; None if every rank holds the whole parameter.
+    by_query_group: Megatron keeps the rows of one query group together (its queries, its key, its value), then those
+        of the next group. Otherwise the tensors follow one another, like the gate and up projections.
+    transformer_engine: the name in Transformer Engine's layers, if it differs. These fuse a norm into the linear layer
+        after it, and all of a rank's experts into one module.
     """
 
     megatron: str
@@ -86,8 +85,8 @@ _MLP = (
     Row(_M + "mlp.linear_fc2.weight", {_HF + "mlp.down_proj.weight": "hf"}, dim=1),
 )
 
-# Experts are split over the expert-parallel ranks, never by tensor parallelism. The files hold each by itself, and so
-# do both of Megatron's modules that are named here (gpt.py says when which): an expert's row is a small MLP's.
+# Experts are distributed over the expert-parallel ranks and never split by tensor parallelism. Each expert has its own
+# tensors in the files and in both of Megatron's modules (gpt.py chooses one), so its rows are those of a small MLP.
 _EXPERTS = (
     Row(_M + "pre_mlp_layernorm.weight", {_HF + "post_attention_layernorm.weight": "h"}),
     Row(_M + "mlp.router.weight", {_HF + "mlp.gate.weight": "eh"}),

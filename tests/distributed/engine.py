@@ -1,4 +1,4 @@
-"""The tests' own rollout engine, for what is not about vLLM: transformers writes, one response after the other."""
+"""The tests' own rollout engine, for tests that are not about vLLM. transformers writes one response after another."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -14,7 +14,7 @@ from megatron_opsd.types import Rollout
 
 
 class TransformersEngine(AlwaysAwake):
-    """An :class:`Engine` that starts in a second. Prompt, seed and weights alone decide what it writes."""
+    """An :class:`Engine` that starts in a second. Its responses depend only on prompt, seed and weights."""
 
     def __init__(self, config: Config, max_model_len: int) -> None:
         architecture = AutoConfig.from_pretrained(config.model.path)
@@ -68,7 +68,7 @@ class TransformersEngine(AlwaysAwake):
         weights = {name: tensor.clone() for name, tensor in named_tensors}
         missing, unexpected = self._model.load_state_dict(weights, strict=False)
         assert not unexpected
-        assert set(missing) <= {"lm_head.weight"}, missing  # the embedding
+        assert set(missing) <= {"lm_head.weight"}, missing  # tied to the embedding
         self._version = version
 
     def close(self) -> None: ...

@@ -1,7 +1,7 @@
 """Runs functions on several gloo ranks of this machine, as torchrun would, and fails with the rank's own traceback.
 
-The ranks are forked from one server process that has imported Megatron-Core and vLLM. A start takes a tenth of a
-second instead of twenty. On a machine with a GPU every rank is a fresh process: CUDA does not survive a fork.
+The ranks are forked from one server process that has imported Megatron-Core and vLLM, so a start takes a tenth of a
+second instead of twenty seconds. On a machine with a GPU every rank is a new process: CUDA does not survive a fork.
 """
 
 import faulthandler
@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 ROOT = Path(__file__).parents[2]
-TERM_SECONDS = 30.0  # torchrun's patience with the other ranks when one has failed
+TERM_SECONDS = 30.0  # as in torchrun: how long the other ranks have after TERM when one has failed
 _PRELOADED = "tests.distributed.preloaded"
 _FORKS = not torch.cuda.is_available()
 _CONTEXT: Any = multiprocessing.get_context("forkserver" if _FORKS else "spawn")
@@ -30,9 +30,9 @@ _CONTEXT.set_forkserver_preload([_PRELOADED])
 
 
 class Ranks:
-    """``worker(*args)`` in ``world_size`` processes with torchrun's variables, its store and its rules.
+    """Runs ``worker(*args)`` in ``world_size`` processes with torchrun's variables, its store and its rules.
 
-    ``worker`` must be a module-level function. It opens the process group itself.
+    ``worker`` must be a module-level function. It creates the process group itself.
 
     limit_file_bytes: the kernel refuses to write more than this to a file, as a full disk does.
     """
@@ -74,7 +74,7 @@ class Ranks:
         return any(process.exitcode for process in self._processes)
 
     def finish(self, timeout: float) -> list[int]:
-        """Wait for the end. Returns the exit statuses; that of a rank which a signal ended is negative.
+        """Wait for the end. Returns the exit statuses, which are negative for ranks that a signal ended.
 
         The first rank to fail ends the others: TERM, and KILL half a minute later.
         """
@@ -88,7 +88,7 @@ class Ranks:
             if time.monotonic() > deadline:
                 if not told:
                     for process in running:
-                        os.kill(process.pid, signal.SIGUSR2)  # faulthandler writes down where it is
+                        os.kill(process.pid, signal.SIGUSR2)  # faulthandler prints where it is
                     time.sleep(1)
                     self.end()
                     raise TimeoutError(f"ranks did not finish within {timeout} s:\n{self.output()}")
@@ -101,7 +101,7 @@ class Ranks:
         return Path(self._output.name).read_text(errors="replace")
 
     def end(self) -> None:
-        """Kill whatever is left."""
+        """Kill all remaining ranks."""
         for process in self._processes:
             process.kill()
             process.join()
@@ -115,10 +115,10 @@ class Ranks:
 
 
 def run_distributed(worker: Callable[..., None], world_size: int, *args: object, timeout: float = 240) -> str:
-    """Call ``worker(*args)`` on ``world_size`` :class:`Ranks`. Returns what they printed.
+    """Call ``worker(*args)`` on ``world_size`` :class:`Ranks`. Returns their output.
 
     Raises:
-        AssertionError: a rank has failed; the message is what all have printed.
+        AssertionError: a rank has failed; the message has the output of all ranks.
     """
     with Ranks(worker, world_size, *args) as ranks:
         statuses = ranks.finish(timeout)
@@ -127,7 +127,7 @@ def run_distributed(worker: Callable[..., None], world_size: int, *args: object,
 
 
 def _leave_with_the_tests() -> None:
-    """Where the tests are killed, the ranks end too."""
+    """End this rank when the tests are killed."""
     tests = multiprocessing.parent_process()
     assert tests
     tests.join()
@@ -145,7 +145,7 @@ def _enter(
     faulthandler.register(signal.SIGUSR2, all_threads=True)
     if limit_file_bytes:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit_file_bytes, limit_file_bytes))
-    # The server's environment is that of the first test, with what the imports have set.
+    # Replace the server's environment: it is that of the first test, plus the variables that its imports have set.
     settings = sys.modules[_PRELOADED].SETTINGS if _FORKS else {}
     os.environ.clear()
     os.environ.update(settings | environment)

@@ -1,4 +1,4 @@
-"""Training runs of the arithmetic example, to be watched, signalled and killed, and what their run directories hold."""
+"""Starts training runs of the arithmetic example, watches, signals and kills them, and reads their run directories."""
 
 import os
 import time
@@ -20,21 +20,21 @@ Way = Literal["transformers", "vllm"]
 
 
 def opsd(command_line: list[str], own_engine: bool = False) -> None:
-    """The command line on one rank."""
+    """Run the command line on one rank."""
     if own_engine:
         trainer.build_engine = TransformersEngine  # type: ignore[assignment]
     cli.main(command_line)
 
 
 def train(run_dir: Path, ranks: int, overrides: dict[str, str], timeout: float = 300) -> str:
-    """A whole run on forked ranks with the real vLLM; returns what it printed."""
+    """Do a whole run on forked ranks with the real vLLM; returns its output."""
     return run_distributed(
         opsd, ranks, arguments("train", overrides | {"logging.run_dir": str(run_dir)}), timeout=timeout
     )
 
 
 class Run:
-    """A run in the background, and what its directory says of it."""
+    """A run in the background, and the contents of its run directory."""
 
     def __init__(self, run_dir: Path, launch: Callable[[], Ranks | Torchrun]) -> None:
         self.run_dir = run_dir
@@ -42,7 +42,7 @@ class Run:
         self._ranks = launch()
 
     def signal(self, number: int, rank: int | None = None) -> None:
-        """To one rank, or to all."""
+        """Send a signal to one rank, or to all."""
         pids = self._ranks.pids()
         for pid in pids if rank is None else [pids[rank]]:
             os.kill(pid, number)
@@ -55,7 +55,7 @@ class Run:
             time.sleep(0.02)
 
     def events(self, name: str = "") -> list[dict[str, Any]]:
-        """All events of the run directory, of earlier starts too, or those of one name."""
+        """All events of the run directory, including those of earlier starts, or only those of one name."""
         events = read_jsonl(self.run_dir / "events.jsonl")
         return [event for event in events if not name or event["event"] == name]
 
@@ -80,7 +80,7 @@ class Run:
 
 
 def start(run_dir: Path, overrides: dict[str, str], way: Way, limit_file_bytes: int | None = None) -> Run:
-    """``opsd train`` on two ranks."""
+    """Start ``opsd train`` on two ranks."""
     command = arguments("train", overrides | {"logging.run_dir": str(run_dir)})
 
     def launch() -> Ranks | Torchrun:
@@ -92,7 +92,7 @@ def start(run_dir: Path, overrides: dict[str, str], way: Way, limit_file_bytes: 
 
 
 def complete(run_dir: Path, overrides: dict[str, str], way: Way) -> Run:
-    """Run it to its end. Returns the run, of which nothing is left but its directory."""
+    """Run ``opsd train`` to its end. Only the directory of the returned run is left."""
     with start(run_dir, overrides, way) as run:
         statuses, output = run.finish()
         assert not any(statuses), output
@@ -101,12 +101,12 @@ def complete(run_dir: Path, overrides: dict[str, str], way: Way) -> Run:
 
 
 def began_after(run: Run) -> int:
-    """The step after which its last start went on."""
+    """The step from which the last start resumed."""
     return run.events("start")[-1]["step"]
 
 
 def outcome(run_dir: Path) -> str:
-    """The first word of how the run ended; empty where it crashed."""
+    """The first word of how the run ended; empty if it crashed."""
     return RunDir(run_dir).read_outcome()[0]
 
 
@@ -116,14 +116,14 @@ def tokens(run_dir: Path, step: int) -> list[list[int]]:
 
 
 def assert_same_weights(run_dir: Path, wanted: Path) -> None:
-    """Of two exported models, bit for bit."""
+    """Compare two exported models bit for bit."""
     weights, others = (load_file(path / "hf" / "model.safetensors") for path in (run_dir, wanted))
     assert weights.keys() == others.keys()
     assert all((weights[name] == others[name]).all() for name in others)
 
 
 def assert_equal_runs(run_dir: Path, wanted: Path) -> None:
-    """The same metrics, each step once, and the same final weights bit for bit."""
+    """Check for the same metrics, each step once, and the same final weights bit for bit."""
     metrics = RunDir(run_dir).repeatable_metrics()
     assert [line["step"] for line in metrics] == list(range(1, len(metrics) + 1))
     assert metrics == RunDir(wanted).repeatable_metrics()

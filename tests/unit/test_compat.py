@@ -1,7 +1,7 @@
-"""What compat/ patches, or uses though it is private, is still the code that it was written for, and has its faults.
+"""Checks that the upstream code behind compat/ is unchanged, and that the faults that compat/ repairs are still there.
 
-One process without the patches looks at the packages as they are. A fingerprint that differs is no fault by itself:
-read the new code, decide whether the patch still fits or is still needed, and write the new fingerprint here.
+One process without the patches looks at the packages as they are. A new fingerprint alone does not mean that something
+is wrong: read the new code, decide whether the patch still fits and is still needed, and write the new one here.
 """
 
 import json
@@ -37,7 +37,7 @@ UPSTREAM = {
     "vllm.device_allocator.cumem:CuMemAllocator.sleep": (VLLM, "02b17664"),
 }
 
-LOOK = """
+LOOK = '''
 import importlib, inspect, json, sys, zlib
 from functools import reduce
 from megatron_opsd.rollout.vllm_setup import prepare_environment
@@ -45,10 +45,10 @@ from megatron_opsd.rollout.vllm_setup import prepare_environment
 prepare_environment()
 import torch
 
-def fails(call):
+def fails(call, error=Exception):
     try:
         call()
-    except Exception:
+    except error:
         return True
     return False
 
@@ -62,14 +62,78 @@ from megatron.core.tensor_parallel import random
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
 sizes = token_dispatcher.maybe_move_tensor_to_cpu(torch.ones(2, dtype=torch.int64), as_numpy=True)
-print(json.dumps({"found": found, "faults": {
+faults = {
     "Megatron asks CUDA for its device": fails(torch.cuda.current_device),
     "Megatron's random states are CUDA's": fails(random._get_cuda_rng_state),
     "sizes of an all-to-all stay a tensor on a CPU": torch.is_tensor(sizes),
     "te_general_gemm is undefined without Transformer Engine": not hasattr(moe_utils, "te_general_gemm"),
     "the queue of writers' reports is a global": filesystem_async._results_queue is None,
-}}))
-"""
+}
+
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader import reload
+
+def head_is_stale(tied):
+    """Reload embedding and head as vLLM does. Whether the head then still computes with the old weights."""
+    model = torch.nn.Module()
+    with set_current_vllm_config(VllmConfig()):
+        model.embed_tokens = VocabParallelEmbedding(64, 32, disable_tp=True)
+        model.lm_head = ParallelLMHead(64, 32, disable_tp=True)
+    if tied:
+        model.lm_head = model.lm_head.tie_weights(model.embed_tokens)
+    reload.record_metadata_for_reloading(model)
+    for layer in (model.embed_tokens, model.lm_head):
+        layer.weight.data.normal_()
+        layer.quant_method.process_weights_after_loading(layer)
+    hidden, new = torch.ones(1, 32), torch.randn(64, 32)
+    before = model.lm_head.quant_method.apply(model.lm_head, hidden)
+    reload.initialize_layerwise_reload(model)
+    for layer in (model.embed_tokens,) if tied else (model.embed_tokens, model.lm_head):
+        layer.weight.weight_loader(layer.weight, new)
+    reload.finalize_layerwise_reload(model, None)
+    after = model.lm_head.quant_method.apply(model.lm_head, hidden)
+    assert torch.equal(model.lm_head.weight, new)
+    assert torch.equal(after, before) or torch.allclose(after, hidden @ new.T, atol=1e-4)
+    return torch.equal(after, before)
+
+assert not head_is_stale(tied=False)
+faults["after a reload, the head computes with the old weights if it is tied"] = head_is_stale(tied=True)
+
+# From here on Megatron is patched to run on a CPU; its optimizer is not patched.
+from megatron_opsd.model.parallel import pretended_layout
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.transformer import TransformerConfig
+from megatron_opsd.config import ParallelConfig
+
+with pretended_layout(0, 1, ParallelConfig()):
+    module = torch.nn.Linear(4, 4)
+    config = TransformerConfig(num_layers=1, hidden_size=4, num_attention_heads=1)
+    ddp = DistributedDataParallel(config, DistributedDataParallelConfig(use_distributed_optimizer=True), module)
+    whole = get_megatron_optimizer(
+        OptimizerConfig(optimizer="adam", lr=1e-3, use_distributed_optimizer=True), [ddp], use_gloo_process_groups=False
+    )
+    (optimizer,) = getattr(whole, "chained_optimizers", [whole])
+
+    def step():
+        for parameter in module.parameters():
+            parameter.main_grad.fill_(1.0)
+        whole.step()
+        return [float(state["step"]) for state in optimizer.optimizer.state.values()]
+
+    faults["torch's Adam has no state dict before its first step"] = fails(optimizer.state_dict, AssertionError)
+    assert step() == [1, 1]
+    optimizer.load_state_dict(optimizer.state_dict())
+    faults["torch's Adam counts a step once for each parameter after a load"] = step() == [3, 3]
+    tensors = {name: torch.zeros(16) for name in ("param", "exp_avg", "exp_avg_sq")}
+    with torch.no_grad():
+        faults["the step of torch's Adam cannot be loaded with its moments"] = fails(
+            lambda: optimizer._set_main_param_and_optimizer_states(module.weight, tensors), KeyError
+        )
+
+print(json.dumps({"found": found, "faults": faults}))
+'''
 
 
 @pytest.fixture(scope="module")
