@@ -444,9 +444,10 @@ class Config(Section):
         else:
             if method.context == "shuffled" and self.train.global_batch_size == rollout.samples_per_prompt:
                 raise ValueError("method.context = 'shuffled' needs two problems a step; raise train.global_batch_size")
-            if self.teacher.kind == "live" and method.context == "nothing":
+            if self.teacher.kind != "frozen" and method.context == "nothing":
                 raise ValueError(
-                    "teacher.kind = 'live' with method.context = 'nothing' compares the student with itself; change one"
+                    f"teacher.kind = '{self.teacher.kind}' with method.context = 'nothing' compares the student with "
+                    "itself; change one"
                 )
             if not method.train_on:
                 raise ValueError("method.train_on = []: nothing would be learned; name a grade")

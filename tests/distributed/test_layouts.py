@@ -15,7 +15,7 @@ from megatron_opsd.config import CheckpointConfig, Config, ObjectiveConfig, Opti
 from megatron_opsd.convert.blocks import whole_model
 from megatron_opsd.convert.convert import hf_to_megatron, megatron_to_hf
 from megatron_opsd.convert.dist_files import DistReader
-from megatron_opsd.data.batch import Batch, Sequences, split
+from megatron_opsd.data.batch import Batch, Microbatch, Sample, Sequences, fill_up, split
 from megatron_opsd.methods.opsd import opsd_loss
 from megatron_opsd.model import parallel
 from megatron_opsd.model.gpt import HiddenStateGPT, build_model
@@ -23,6 +23,7 @@ from megatron_opsd.model.optimizer import build_optimizer, build_schedule, optim
 from megatron_opsd.model.parallel import Layout
 from megatron_opsd.model.student import Student
 from megatron_opsd.model.teacher import FrozenTeacher
+from megatron_opsd.objective import SampledToken
 from megatron_opsd.reliability import checkpoint
 from megatron_opsd.reliability.run_dir import RunDir
 from megatron_opsd.types import Progress
@@ -240,16 +241,33 @@ class Run:
         self.student = Student(build(config, self.layout), self.layout, config, vocab_size, opsd_loss(config))
         self.optimizer = build_optimizer(self.student, config.optim)
         self.schedule = build_schedule(self.optimizer, config.optim, steps=10)
-        multiple, one_length = self.case.tp, self.case.pp > 1
-        batch = Batch(random_samples(BATCH), 1, multiple, one_length, self.case.packing)
-        self.microbatches = split(
-            batch,
-            batch.assign(self.case.micro_batch_size, self.layout.dp_group.size()),
-            self.layout.dp_group.rank(),
-            config.objective.normalization,
-            parallel.device(),
-        )
+        self.microbatches = self.split(random_samples(BATCH))
         self.teacher_hidden = self.teacher.score(self.microbatches)
+
+    def split(self, samples: list[Sample]) -> list[Microbatch]:
+        batch = Batch(samples, 1, multiple=self.case.tp, one_length=self.case.pp > 1, packing=self.case.packing)
+        dp = self.layout.dp_group
+        assignment = batch.assign(self.case.micro_batch_size, dp.size())
+        return split(batch, assignment, dp.rank(), self.case.normalization, parallel.device())
+
+    def other_gradients(self) -> dict[str, torch.Tensor]:
+        """Gradients of the sampled tokens' losses, and of the divergence of a batch with fill in it."""
+        if self.case.distributed_optimizer:
+            return {}
+        own, found = self.student.token_loss, {}
+        for advantage, cap in (("given", None), ("teacher", 1.5)):
+            self.student.token_loss = SampledToken(1.3, advantage, cap)
+            found |= self._gradients(self.microbatches, self.teacher_hidden, f" of {advantage} advantages")
+        self.student.token_loss = own
+        filled = self.split(fill_up(random_samples(BATCH), 2 * BATCH))
+        return found | self._gradients(filled, self.teacher.score(filled), "")
+
+    def _gradients(
+        self, microbatches: list[Microbatch], hidden: list[torch.Tensor], what: str
+    ) -> dict[str, torch.Tensor]:
+        self.student.forward_backward(microbatches, self.teacher.head_weight(), hidden)
+        grads = gradients(self.student, self.path, self.layout)
+        return {name + what: grad.clone() for name, grad in grads.items()}
 
     def step(self) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
         """Gradients as whole tensors (none where the optimizer shards them), and all logged numbers."""
@@ -270,8 +288,11 @@ def compute(case: Case, path: str, layout: Layout, tmp: str) -> None:
     """One step: logits, gradients, updated weights and numbers."""
     run = Run(case, path, layout)
     check_logits(run.teacher, run.teacher_hidden, run.microbatches, path, layout)
+    others = run.other_gradients()
     grads, numbers = run.step()
-    tensors = grads | run.weights()
+    for name, grad in grads.items():  # fill changes no gradient
+        assert (others[name] - grad).norm() <= 1e-5 * grad.norm(), name
+    tensors = grads | run.weights() | {name: grad for name, grad in others.items() if name not in grads}
     reference = Path(tmp) / f"{Path(path).name}_{case.normalization}"
     if layout.world_size == 1 and replace(case, normalization="token") == Case():
         save_file(tensors, reference)
@@ -291,11 +312,11 @@ def relay(case: Case, path: str, layout: Layout, tmp: str) -> None:
         save_file(run.weights(), run_dir / "first_step")
     else:
         assert checkpoint.find(RunDir(run_dir), "auto") == saved
-        checkpoint.load(saved, model, optimizer, "a teacher")
+        checkpoint.load(saved, model, optimizer, None, "a teacher")
         run.schedule.step(1)
         before = load_file(run_dir / "first_step")
         assert all(torch.equal(tensor, before[name]) for name, tensor in run.weights().items())
-    checkpoints.save(model, optimizer, Progress("a teacher", {}, step=1), keep=None)
+    checkpoints.save(model, optimizer, None, Progress("a teacher", {}, step=1), keep=None)
     _, numbers = run.step()  # while the checkpoint is being written
     checkpoints.finish()
     check_reading(saved, path, load_file(run_dir / "first_step"))

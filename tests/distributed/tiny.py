@@ -54,8 +54,10 @@ def random_samples(count: int, seed: int = 0) -> list[Sample]:
         return [draw.randrange(VOCAB) for _ in range(draw.randint(low, high))]
 
     samples = []
-    for _ in range(count):
+    for i in range(count):
         response = tokens(1, 9)
         logprobs = [-draw.random() for _ in response]
-        samples.append(Sample(tokens(2, 7), tokens(5, 15), Rollout(response, logprobs, "stop", 0)))
+        samples.append(
+            Sample(tokens(2, 7), tokens(5, 15), Rollout(response, logprobs, "stop", 0), advantage=i % 3 - 0.5)
+        )
     return samples
