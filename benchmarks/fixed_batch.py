@@ -33,7 +33,7 @@ from megatron_opsd.data.datasets import read_examples
 from megatron_opsd.data.prompts import build_prompts, max_model_len
 from megatron_opsd.methods.opsd import opsd_loss
 from megatron_opsd.model import parallel
-from megatron_opsd.model.gpt import HiddenStateGPT, build_model, forward
+from megatron_opsd.model.gpt import ModelChunks, build_model, forward
 from megatron_opsd.model.optimizer import build_optimizer, build_schedule, dithered, optimizer_step
 from megatron_opsd.model.student import Student
 from megatron_opsd.model.teacher import FrozenTeacher
@@ -111,9 +111,9 @@ class Study:
         self.student = Student(
             self._load(student or config.model.path), self.layout, config, self.arch.vocab_size, opsd_loss(config)
         )
-        self.start = [parameter.detach().clone() for parameter in self.student.model.parameters()]
+        self.start = [parameter.detach().clone() for parameter in self.student.model_chunks.parameters()]
 
-    def _load(self, path: str) -> HiddenStateGPT:
+    def _load(self, path: str) -> ModelChunks:
         model = build_model(self.arch, self.config.model, self.config.parallel, self.layout.pg_collection)
         load_hf(model, HFReader(path), NameTable(self.arch), self.layout.shard)
         return model
@@ -134,7 +134,7 @@ class Study:
         rounding: "bfloat16" rounds the sum; "dither" also rounds it, but starts where ``optim.dither`` does.
         """
         generator = torch.Generator().manual_seed(0)
-        for parameter, start in zip(self.student.model.parameters(), self.start, strict=True):
+        for parameter, start in zip(self.student.model_chunks.parameters(), self.start, strict=True):
             origin = dithered(start.bfloat16(), generator) if rounding == "dither" else start
             step = direction[self.place(parameter)].view_as(parameter)
             whole = torch.add(origin, step, alpha=length) if length else origin  # a direction may be NaN
@@ -147,7 +147,7 @@ class Study:
         return slice(offset, offset + parameter.numel())
 
     def _buffer(self) -> Tensor:
-        ddp: Any = self.student.ddp
+        ddp: Any = self.student.ddp_chunks[0]
         (buffer,) = ddp.buffers
         return buffer.grad_data
 
@@ -160,7 +160,7 @@ class Study:
             for kind in kinds:
                 _, out = linear_divergence(
                     hidden,
-                    self.student.model.head_weight(),
+                    self.student.model_chunks.last.head_weight(),
                     target,
                     self.teacher.head_weight(),  # type: ignore[arg-type]
                     torch.ones(len(hidden)),
@@ -181,8 +181,8 @@ class Study:
 
     def entropy_backward(self) -> None:
         """Put the gradient of the student's mean entropy into the gradient buffer: dH/dz = -p (log p + H)."""
-        self.student.ddp.zero_grad_buffer()
-        head = self.student.model.head_weight()
+        self.student.ddp_chunks[0].zero_grad_buffer()
+        head = self.student.model_chunks.last.head_weight()
         for microbatch in self.microbatches:
             hidden = self._hidden(microbatch)
             slopes = torch.empty_like(hidden)
@@ -198,8 +198,8 @@ class Study:
             hidden.backward(slopes)
 
     def _hidden(self, microbatch: Microbatch) -> Tensor:
-        hidden = forward(self.student.ddp, microbatch.student)
-        return self.student.model.head_input(hidden).flatten(0, 1)[microbatch.student.index]  # [n, h]
+        hidden = forward(self.student.ddp_chunks[0], microbatch.student)
+        return self.student.model_chunks.last.head_input(hidden).flatten(0, 1)[microbatch.student.index]  # [n, h]
 
 
 def measure(study: Study, out: Path) -> None:
@@ -279,7 +279,7 @@ def carry(study: Study, out: Path) -> None:
     before = study.measure(held_out, [kind])
     study.backward(held_out)
     of_held_out = study.gradient()
-    head, seen = study.place(study.student.model.head_weight()), 1
+    head, seen = study.place(study.student.model_chunks.last.head_weight()), 1
     while seen <= len(study.microbatches) + held_out.start:
         study.move(0.0, of_held_out)
         own = study.backward(slice(seen))

@@ -5,7 +5,6 @@ rollout        vLLM: weights and KV cache; evaluations too
 teacher        the teacher (vLLM sleeps at level 2: nothing of it is left)
 student        the student's gradients
 optimizer      the student's gradients, the optimizer's states
-after update   nothing of these
 refit          vLLM: weights, and one bucket of the student's; the KV cache wakes when that is free again
 exit           nothing, so that vLLM can wake when it is closed: its memory must be awake when the process ends
 =============  ======================================================================================
@@ -36,7 +35,7 @@ class DeviceMemory:
 
     def __init__(self, engine: Engine, teacher: Teacher | None, student: Student, states: OptimizerStates) -> None:
         self._engine, self._teacher, self._student, self._states = engine, teacher, student, states
-        self._training = False  # something of a step that vLLM has no room for may be on the device
+        self._training = True  # something of a step that vLLM has no room for may be on the device
         self._peak = 0  # bytes
         self.seconds = 0.0  # of all moves
 
@@ -56,7 +55,8 @@ class DeviceMemory:
         self._begin_phase()
         self._teacher_off()
         if self._states.offloads:
-            self._move("gradients on", self._student.ddp.restore_grad_buffers)
+            for ddp in self._student.ddp_chunks:
+                self._move("gradients on", ddp.restore_grad_buffers)
 
     def for_optimizer(self) -> None:
         self._begin_phase()
@@ -67,15 +67,16 @@ class DeviceMemory:
         self._begin_phase()
         self._move("vLLM off", self._engine.sleep)
 
-    def after_update(self) -> None:
-        """What training alone needs goes."""
+    def for_refit(self) -> None:
         self._begin_phase()
         self._clear()
-
-    def for_refit(self) -> None:
-        """After ``after_update``."""
         self._begin_phase()  # vLLM's weights are never there together with what went
         self._move("vLLM's weights on", self._engine.wake_up_weights)
+
+    def after_training(self) -> None:
+        """In place of a refit, where the next step writes no rollouts."""
+        self._begin_phase()
+        self._clear()
 
     def for_exit(self) -> None:
         """Room for vLLM, whose memory must be awake when the process ends; a step may have been given up half-way."""
@@ -106,9 +107,13 @@ class DeviceMemory:
             self._move("teacher off", self._teacher.offload)
 
     def _clear(self) -> None:
+        """What training alone needs goes."""
+        if not self._training:
+            return
         self._move("optimizer states off", self._states.offload)
         if self._states.offloads:
-            self._move("gradients off", self._student.ddp.offload_grad_buffers)
+            for ddp in self._student.ddp_chunks:
+                self._move("gradients off", ddp.offload_grad_buffers)
         self._training = False
 
     def _move(self, what: str, move: Callable[[], None]) -> None:

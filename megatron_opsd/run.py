@@ -136,7 +136,7 @@ class Run:
         trainer = self.trainer
         trainer.progress.guards = self.guards.state_dict()
         keep = self.guards.best_step
-        self.checkpoints.save(trainer.student.model, trainer.optimizer, trainer.teacher, trainer.progress, keep)
+        self.checkpoints.save(trainer.student.model_chunks, trainer.optimizer, trainer.teacher, trainer.progress, keep)
 
     def finish_saving(self) -> list[str]:
         """Wait for the checkpoint under way, if any. Returns warnings about it."""

@@ -14,7 +14,7 @@ from megatron_opsd.device_memory import DeviceMemory
 from megatron_opsd.errors import AbandonedError
 from megatron_opsd.methods import build_method
 from megatron_opsd.model import parallel
-from megatron_opsd.model.gpt import HiddenStateGPT, build_model
+from megatron_opsd.model.gpt import ModelChunks, build_model
 from megatron_opsd.model.optimizer import OptimizerStates, build_optimizer, build_schedule, optimizer_step
 from megatron_opsd.model.student import Student
 from megatron_opsd.model.teacher import EmaTeacher, FrozenTeacher, LiveTeacher, Teacher
@@ -56,16 +56,19 @@ class Trainer:
         self.teacher = self._own_teacher(reader) if self.method.loss.needs_teacher else None
         self.student = Student(self._load_model(reader), layout, config, self.table.arch.vocab_size, self.method.loss)
         if self.method.loss.needs_teacher and self.teacher is None:
-            self.teacher = LiveTeacher(self.student.model)
+            self.teacher = LiveTeacher(self.student.model_chunks)
         self.optimizer = build_optimizer(self.student, config.optim)
         self.schedule = build_schedule(self.optimizer, config.optim, config.train.steps)
         states = OptimizerStates(self.optimizer, config.optim)
         self.memory = DeviceMemory(self.engine, self.teacher, self.student, states)
-        self.exporter = self._exporter(self.student.model)
+        self.exporter = self._exporter(self.student.model_chunks)
         if resume_from:
             self._resume(resume_from)
         if config.method.writes_rollouts:
+            self.memory.for_refit()
             self.refit(verify=True)
+        else:
+            self.memory.after_training()
 
     def step(self, clock: Clock, should_abort: Callable[[], bool]) -> StepResult:
         """One step of any method.
@@ -103,12 +106,14 @@ class Trainer:
         with clock.phase(Phase.OPTIMIZER):
             update = optimizer_step(self.optimizer, self.schedule, losses.means()["loss"])
             if self.teacher and update.applied:
-                self.teacher.after_update(self.student.model)
+                self.teacher.after_update(self.student.model_chunks)
             self._count_step()  # from here on there is something to save
-        self.memory.after_update()
-        with clock.phase(Phase.REFIT):
-            if config.method.writes_rollouts:
+        if config.method.writes_rollouts:
+            self.memory.for_refit()
+            with clock.phase(Phase.REFIT):
                 self.refit(verify=is_due(progress.step, config.rollout.refit_verify_interval))
+        else:
+            self.memory.after_training()
         learned = {
             **losses.means(),
             "grad_norm": update.grad_norm,
@@ -121,21 +126,21 @@ class Trainer:
         return StepResult(self._metrics(groups, learned, clock), groups)
 
     def refit(self, verify: bool) -> None:
-        """Bring the student's weights into the engine."""
-        self.memory.for_refit()
+        """Bring the student's weights into the engine, for which there is room."""
         refit(self.exporter, self.engine, self.progress.step, verify)
         self.engine_version = self.progress.step
 
     def ready_engine(self) -> None:
         """Make the engine ready to write with the student's weights, outside of a step."""
         if self.engine_version != self.progress.step:
+            self.memory.for_refit()
             self.refit(verify=True)
         self.memory.for_rollout()
 
     def export_hf(self, out: Path) -> None:
         """Write the student as a Hugging Face directory."""
         if self.layout.rank == 0:
-            write_hf(self.exporter, Path(self.config.model.path), out, self.student.model.config.params_dtype)
+            write_hf(self.exporter, Path(self.config.model.path), out, self.student.model_chunks.config.params_dtype)
         else:
             for _ in self.exporter:  # the stream is collective
                 pass
@@ -146,7 +151,7 @@ class Trainer:
         self.memory.for_exit()
         self.engine.close()
 
-    def _load_model(self, reader: HFReader) -> HiddenStateGPT:
+    def _load_model(self, reader: HFReader) -> ModelChunks:
         model, layout = self._build_model(self.config.model), self.layout
         load_hf(model, reader, self.table, layout.shard, layout.dp_group, layout.expert_dp_group)
         return model
@@ -167,16 +172,18 @@ class Trainer:
         teacher.offload()
         return teacher
 
-    def _build_model(self, config: ModelConfig) -> HiddenStateGPT:
+    def _build_model(self, config: ModelConfig) -> ModelChunks:
         return build_model(self.table.arch, config, self.config.parallel, self.layout.pg_collection)
 
-    def _exporter(self, model: HiddenStateGPT) -> Exporter:
+    def _exporter(self, model: ModelChunks) -> Exporter:
         bucket_bytes = int(self.config.rollout.refit_bucket_mib * 2**20)
         layout = self.layout
         return Exporter(model, self.table, layout.tp_group, layout.pp_group, layout.ep_group, bucket_bytes)
 
     def _resume(self, path: Path) -> None:
-        self.progress = checkpoint.load(path, self.student.model, self.optimizer, self.teacher, self.progress.teacher)
+        self.progress = checkpoint.load(
+            path, self.student.model_chunks, self.optimizer, self.teacher, self.progress.teacher
+        )
         self.sampler.load_state_dict(self.progress.sampler)
         self.schedule.step(self.progress.step)
 
@@ -201,6 +208,7 @@ class Trainer:
         self.schedule.step(1)
         self._count_step()
         self.memory.without_training()
+        self.memory.for_refit()
         with clock.phase(Phase.REFIT):
             self.refit(verify=False)  # the same weights under their new number
         nothing = {"grad_norm": 0.0, "lr": lr, "skipped": 0, "samples": 0, "tokens": 0.0, "padding_share": 0.0}

@@ -188,8 +188,8 @@ def compare_logits(path: str, dtype: str, out: Path) -> None:
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(arch.vocab_size, (2, 128), generator=generator).to(parallel.device())
     with torch.no_grad():
-        hidden = forward(model.eval(), Sequences(tokens, tokens[0], None))
-        local = (model.head_input(hidden) @ model.head_weight().T).contiguous()  # [s, b, v/tp]
+        hidden = forward(model.eval().last, Sequences(tokens, tokens[0], None))
+        local = (model.last.head_input(hidden) @ model.last.head_weight().T).contiguous()  # [s, b, v/tp]
         shards = [torch.empty_like(local) for _ in range(layout.tp_group.size())]
         dist.all_gather(shards, local, group=layout.tp_group)
         ours = torch.cat(shards, -1)[..., : arch.vocab_size].transpose(0, 1).float()

@@ -1,5 +1,6 @@
 """A Hugging Face architecture as Megatron's GPTModel: Transformer Engine layers on a GPU, local layers elsewhere."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -93,6 +94,30 @@ class HiddenStateGPT(GPTWithoutLogits):
         if self.config.sequence_parallel:
             return gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True)
         return copy_to_tensor_model_parallel_region(hidden_states)
+
+
+class ModelChunks(torch.nn.ModuleList):
+    """This rank's parts of a model in the order in which data pass them: one, or several of an interleaved pipeline."""
+
+    def __iter__(self) -> Iterator[HiddenStateGPT]:
+        return super().__iter__()  # type: ignore[return-value]
+
+    @property
+    def first(self) -> HiddenStateGPT:
+        return self[0]  # type: ignore[return-value]
+
+    @property
+    def last(self) -> HiddenStateGPT:
+        """The one that may end in the LM head."""
+        return self[-1]  # type: ignore[return-value]
+
+    @property
+    def config(self) -> TransformerConfig:
+        return self.first.config
+
+    def head_weight(self) -> Tensor | None:
+        """This rank's rows of the LM head [v/tp, h]; None on other stages than the last."""
+        return self.last.head_weight() if self.last.post_process else None
 
 
 def use_transformer_engine() -> bool:
@@ -205,7 +230,7 @@ def _layer_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmo
 
 def build_model(
     arch: Architecture, model: ModelConfig, layout: ParallelConfig, pg_collection: ProcessGroupCollection
-) -> HiddenStateGPT:
+) -> ModelChunks:
     """This rank's stage and shards, on its device, weights not yet loaded."""
     config = transformer_config(arch, model, layout)
     stage, stages = pg_collection.pp.rank(), pg_collection.pp.size()
@@ -226,7 +251,7 @@ def build_model(
             # Reduce gradients over the ranks that hold the same experts. Megatron says so itself only where they are
             # split over ranks; where they are not, tensor-parallel ranks, each with its own tokens, hold copies too.
             parameter.allreduce = False  # type: ignore[attr-defined]
-    return gpt
+    return ModelChunks([gpt])
 
 
 def forward(model: torch.nn.Module, sequences: Sequences) -> Tensor:

@@ -18,7 +18,7 @@ from megatron_opsd.compat.megatron_internals import (
 )
 from megatron_opsd.config import OptimConfig
 from megatron_opsd.model import parallel
-from megatron_opsd.model.gpt import HiddenStateGPT
+from megatron_opsd.model.gpt import ModelChunks
 from megatron_opsd.model.student import Student
 from megatron_opsd.weights.load import global_parameters
 
@@ -29,7 +29,7 @@ def build_optimizer(student: Student, config: OptimConfig) -> MegatronOptimizer:
     """Adam with float32 states (fused where Transformer Engine or Apex is installed, torch's otherwise)."""
     if not HAVE_APEX_OR_TE:
         repair_checkpoints_of_torch_adam()
-    model = student.model.config
+    model = student.model_chunks.config
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -44,14 +44,14 @@ def build_optimizer(student: Student, config: OptimConfig) -> MegatronOptimizer:
             params_dtype=model.params_dtype,
             use_distributed_optimizer=config.use_distributed_optimizer,
         ),
-        [student.ddp],
+        [*student.ddp_chunks],
     )
     if model.bf16 and config.dither:
-        _dither(optimizer, student.model)
+        _dither(optimizer, student.model_chunks)
     return optimizer
 
 
-def _dither(optimizer: MegatronOptimizer, model: HiddenStateGPT) -> None:
+def _dither(optimizer: MegatronOptimizer, model_chunks: ModelChunks) -> None:
     """Put each float32 parameter at a random place among the numbers that round to its bfloat16 weight.
 
     A checkpoint's weights are bfloat16 numbers. Without this every float32 parameter starts in the middle of its
@@ -59,9 +59,10 @@ def _dither(optimizer: MegatronOptimizer, model: HiddenStateGPT) -> None:
     weights jump at once. From random places the rounded weights follow their parameters on average from the first step
     on (dither: Schuchman 1964). No weight of the model changes here.
     """
-    names: dict[Tensor, str] = {parameter: name for name, parameter in global_parameters(model)}
-    if model.share_embeddings_and_output_weights and (model.pre_process or model.post_process):
-        names[model.shared_embedding_or_output_weight()] = "embedding"  # the first and the last stage's
+    names: dict[Tensor, str] = {parameter: name for name, parameter in global_parameters(model_chunks)}
+    for chunk in (model_chunks.first, model_chunks.last):
+        if chunk.share_embeddings_and_output_weights and (chunk.pre_process or chunk.post_process):
+            names[chunk.shared_embedding_or_output_weight()] = "embedding"  # the first and the last stage's
     for weight, main_param, own in main_params(optimizer):
         # Ranks that hold the same weight must draw the same numbers (on GPUs: of one model of card).
         generator = torch.Generator(weight.device).manual_seed(crc32(names[weight].encode()))

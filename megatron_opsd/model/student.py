@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_opsd.config import Config
 from megatron_opsd.data.batch import Microbatch
-from megatron_opsd.model.gpt import HiddenStateGPT, forward
+from megatron_opsd.model.gpt import ModelChunks, forward
 from megatron_opsd.model.parallel import Layout
 from megatron_opsd.objective import TokenLoss, Tokens, linear_loss
 from megatron_opsd.objective.types import DivergenceOutput, PolicyOutput
@@ -85,22 +85,20 @@ class Student:
     """Owns the model's gradients: forward and backward over a step's micro-batches, nothing else."""
 
     def __init__(
-        self, model: HiddenStateGPT, layout: Layout, config: Config, vocab_size: int, token_loss: TokenLoss
+        self, model_chunks: ModelChunks, layout: Layout, config: Config, vocab_size: int, token_loss: TokenLoss
     ) -> None:
-        self.model, self.layout, self.vocab_size, self.token_loss = model, layout, vocab_size, token_loss
+        self.model_chunks, self.layout, self.vocab_size, self.token_loss = model_chunks, layout, vocab_size, token_loss
         self.chunk_size = config.objective.chunk_size
-        self.ddp = DistributedDataParallel(
-            model.config,
-            DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True,
-                use_distributed_optimizer=config.optim.use_distributed_optimizer,
-                overlap_grad_reduce=False,
-                average_in_collective=False,
-            ),
-            model,
+        settings = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=config.optim.use_distributed_optimizer,
+            overlap_grad_reduce=False,
+            average_in_collective=False,
         )
-        model.config.finalize_model_grads_func = finalize_model_grads
-        model.config.no_sync_func = self.ddp.no_sync
+        self.ddp_chunks = [DistributedDataParallel(chunk.config, settings, chunk) for chunk in model_chunks]
+        no_sync = [ddp.no_sync for ddp in self.ddp_chunks]
+        model_chunks.config.finalize_model_grads_func = finalize_model_grads
+        model_chunks.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]  # type: ignore[assignment]
 
     def forward_backward(
         self, microbatches: Sequence[Microbatch], teacher_head: Tensor | None, teacher_hidden: Sequence[Tensor]
@@ -111,14 +109,15 @@ class Student:
         None and empty without a teacher, and on other stages than the last.
         Returns the loss and its diagnostics over the global batch, on every rank.
         """
-        self.ddp.zero_grad_buffer()
-        self.ddp.train()
+        for ddp in self.ddp_chunks:
+            ddp.zero_grad_buffer()
+            ddp.train()
         b, length = microbatches[0].student.tokens.shape  # for a pipeline, in which they all have one shape
-        work = zip(microbatches, teacher_hidden or [None] * len(microbatches), strict=True)
+        work = list(zip(microbatches, teacher_hidden or [None] * len(microbatches), strict=True))
         reports = get_forward_backward_func()(
             forward_step_func=partial(self._forward_step, teacher_head),
-            data_iterator=work,
-            model=self.ddp,
+            data_iterator=[iter(work) for _ in self.ddp_chunks],
+            model=[*self.ddp_chunks],
             num_microbatches=len(microbatches),
             seq_length=length,
             micro_batch_size=b,
@@ -139,7 +138,7 @@ class Student:
         self, microbatch: Microbatch, teacher_hidden: Tensor | None, teacher_head: Tensor | None, hidden: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Sum of the weighted losses, the count Megatron divides by, and what is logged."""
-        whole = self.model.head_input(hidden)  # [s, b, h]
+        whole = self.model_chunks.last.head_input(hidden)  # [s, b, h]
         tokens = Tokens(
             microbatch.token_weights, microbatch.response_ids, microbatch.advantages, microbatch.rollout_logprobs
         )
@@ -151,7 +150,7 @@ class Student:
         loss, out = linear_loss(
             self.token_loss,
             whole.flatten(0, 1)[microbatch.student.index],  # [n, h]
-            self.model.head_weight(),
+            self.model_chunks.last.head_weight(),
             tokens,
             teacher,
             vocab_size=self.vocab_size,

@@ -17,6 +17,7 @@ from megatron_opsd.config import ModelConfig, ParallelConfig
 from megatron_opsd.model.gpt import build_model, transformer_config
 from megatron_opsd.model.parallel import pretended_layout
 from megatron_opsd.weights.architecture import Architecture
+from megatron_opsd.weights.load import global_parameters
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def stage_parameters(
         gpt = build_model(arch, model, layout, groups.pg_collection)
     return tuple(
         Parameter(name, p.numel(), not getattr(p, "allreduce", True), getattr(p, "shared_embedding", False))
-        for name, p in gpt.named_parameters()
+        for name, p in global_parameters(gpt)
     )
 
 

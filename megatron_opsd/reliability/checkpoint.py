@@ -32,7 +32,7 @@ from megatron_opsd import events
 from megatron_opsd.compat.megatron_internals import report_through
 from megatron_opsd.config import CheckpointConfig
 from megatron_opsd.errors import UserError
-from megatron_opsd.model.gpt import HiddenStateGPT
+from megatron_opsd.model.gpt import ModelChunks
 from megatron_opsd.model.teacher import Teacher
 from megatron_opsd.reliability import pickles
 from megatron_opsd.reliability.preemption import serve_parent
@@ -68,7 +68,7 @@ class Checkpoints:
 
     def save(
         self,
-        model: HiddenStateGPT,
+        model_chunks: ModelChunks,
         optimizer: MegatronOptimizer,
         teacher: Teacher | None,
         progress: Progress,
@@ -89,7 +89,7 @@ class Checkpoints:
         staging = self._folder / names[0]
         self._on_rank_0(lambda: _make_room(staging))
         request = dist_checkpointing.save(
-            _state(model, optimizer, teacher, loading=False),
+            _state(model_chunks, optimizer, teacher, loading=False),
             str(staging),
             async_sharded_save=True,
             content_metadata=_OPTIMIZER_FORMAT,
@@ -246,7 +246,7 @@ def damage(path: Path) -> list[str]:
 
 
 def load(
-    path: Path, model: HiddenStateGPT, optimizer: MegatronOptimizer, teacher: Teacher | None, identity: str
+    path: Path, model_chunks: ModelChunks, optimizer: MegatronOptimizer, teacher: Teacher | None, identity: str
 ) -> Progress:
     """Load student, optimizer and an ema teacher's average from a checkpoint written by any layout.
 
@@ -261,20 +261,21 @@ def load(
             f"{path}: was trained with the teacher {progress.teacher[:16]}, but this run's is {identity[:16]}; resume "
             "with the model.path and the settings of [teacher] that the run started with"
         )
-    state: Any = dist_checkpointing.load(_state(model, optimizer, teacher, loading=True), str(path))
-    _fill(model, state, _MODEL)
+    state: Any = dist_checkpointing.load(_state(model_chunks, optimizer, teacher, loading=True), str(path))
+    _fill(model_chunks, state[_MODEL], _MODEL)
     if teacher and (average := teacher.average()):
-        _fill(average, state, _TEACHER)
+        _fill(average, state[_TEACHER], _TEACHER)
         teacher.publish()
     optimizer.load_state_dict(state["optimizer"])
     return progress
 
 
-def _fill(model: HiddenStateGPT, state: dict[str, Any], prefix: str) -> None:
-    weights = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    assert not unexpected, unexpected
-    assert all(name.endswith("_extra_state") for name in missing), missing  # Transformer Engine's, only for fp8
+def _fill(model_chunks: ModelChunks, states: list[dict[str, Any]], prefix: str) -> None:
+    for chunk, state in zip(model_chunks, states, strict=True):
+        weights = {name.removeprefix(prefix): value for name, value in state.items()}
+        missing, unexpected = chunk.load_state_dict(weights, strict=False)
+        assert not unexpected, unexpected
+        assert all(name.endswith("_extra_state") for name in missing), missing  # Transformer Engine's, only for fp8
 
 
 def read_progress(path: Path) -> Progress:
@@ -339,14 +340,20 @@ def _choose(run_dir: RunDir, resume: str) -> Path | None:
 
 
 def _state(
-    model: HiddenStateGPT, optimizer: MegatronOptimizer, teacher: Teacher | None, loading: bool
+    model_chunks: ModelChunks, optimizer: MegatronOptimizer, teacher: Teacher | None, loading: bool
 ) -> dict[str, Any]:
-    state: dict[str, Any] = model.sharded_state_dict(prefix=_MODEL)
+    weights = _weights(model_chunks, _MODEL)
     optimizer_state = optimizer.sharded_state_dict(
-        state,
+        {_MODEL: weights},
         is_loading=loading,
         metadata=_OPTIMIZER_FORMAT,  # type: ignore[call-arg]
     )
+    state = {_MODEL: weights, "optimizer": optimizer_state}
     if teacher and (average := teacher.average()):
-        state |= average.sharded_state_dict(prefix=_TEACHER)
-    return {**state, "optimizer": optimizer_state}
+        state[_TEACHER] = _weights(average, _TEACHER)
+    return state
+
+
+def _weights(model_chunks: ModelChunks, prefix: str) -> list[dict[str, Any]]:
+    """The tensors of each chunk; ``prefix`` is part of their names in the checkpoint, the chunk is not."""
+    return [chunk.sharded_state_dict(prefix=prefix) for chunk in model_chunks]  # pyright: ignore

@@ -1,6 +1,6 @@
 """A Megatron model of any layout, streamed out as whole Hugging Face tensors on every rank."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +41,7 @@ class Exporter:
 
     def __init__(
         self,
-        model: nn.Module,
+        model_chunks: Iterable[nn.Module],
         table: NameTable,
         tp_group: dist.ProcessGroup,
         pp_group: dist.ProcessGroup,
@@ -49,7 +49,7 @@ class Exporter:
         bucket_bytes: int = 512 * 2**20,
     ) -> None:
         self.table, self.tp_group, self.pp_group, self.ep_group = table, tp_group, pp_group, ep_group
-        self._parameters = dict(global_parameters(model))
+        self._parameters = dict(global_parameters(model_chunks))
         self._device = next(iter(self._parameters.values())).device
         own = [
             _Entry(pp_group.rank(), name, table.rule(name).is_expert, tuple(parameter.shape), parameter.dtype)

@@ -1,5 +1,7 @@
 """Loads Hugging Face files into a Megatron model of any layout; a rank reads only its slices."""
 
+from collections.abc import Iterable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -8,8 +10,12 @@ from megatron_opsd.weights.hf_files import HFReader
 from megatron_opsd.weights.mapping import NameTable, Rule, Shard
 
 
-def global_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The parameters of one pipeline stage. Layers have their number in the whole model, experts that on their rank."""
+def global_parameters(model_chunks: Iterable[nn.Module]) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of one rank. Layers have their number in the whole model, experts that on their rank."""
+    return [named for chunk in model_chunks for named in _of_chunk(chunk)]
+
+
+def _of_chunk(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     offsets = {
         f"decoder.layers.{i}.": f"decoder.layers.{layer.layer_number - 1}."
         for i, layer in enumerate(model.get_submodule("decoder.layers"))  # type: ignore[arg-type]
@@ -24,20 +30,20 @@ def global_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 @torch.no_grad()
 def load_hf(
-    model: nn.Module,
+    model_chunks: Iterable[nn.Module],
     reader: HFReader,
     table: NameTable,
     shard: Shard,
     dp_group: dist.ProcessGroup | None = None,
     expert_dp_group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Fill ``model`` (one rank's stage and shard) from a Hugging Face directory.
+    """Fill ``model_chunks`` (one rank's stage and shard) from a Hugging Face directory.
 
     dp_group, expert_dp_group: the ranks that hold the same parameters, or the same experts. If given, the first rank of
     a group reads and broadcasts to the others, so that the cluster reads each slice only once.
     """
     first_expert = shard.ep_rank * table.experts_per_rank(shard.ep_size)
-    for name, parameter in global_parameters(model):
+    for name, parameter in global_parameters(model_chunks):
         rule = table.rule(name, first_expert)
         group = expert_dp_group if rule.is_expert else dp_group
         if group is None or group.rank() == 0:

@@ -18,7 +18,7 @@ from megatron_opsd.convert.dist_files import DistReader
 from megatron_opsd.data.batch import Batch, Microbatch, Sample, Sequences, fill_up, split
 from megatron_opsd.methods.opsd import opsd_loss
 from megatron_opsd.model import parallel
-from megatron_opsd.model.gpt import HiddenStateGPT, build_model
+from megatron_opsd.model.gpt import ModelChunks, build_model
 from megatron_opsd.model.optimizer import build_optimizer, build_schedule, optimizer_step
 from megatron_opsd.model.parallel import Layout
 from megatron_opsd.model.student import Student
@@ -140,7 +140,7 @@ RELAY = {
 RELAY_MODEL = "qwen3_moe-untied"
 
 
-def build(config: Config, layout: Layout) -> HiddenStateGPT:
+def build(config: Config, layout: Layout) -> ModelChunks:
     arch = read_architecture(config.model.path)
     model = build_model(arch, config.model, config.parallel, layout.pg_collection)
     reader = HFReader(config.model.path)
@@ -150,12 +150,12 @@ def build(config: Config, layout: Layout) -> HiddenStateGPT:
     return model
 
 
-def exporter(model: HiddenStateGPT, path: str, layout: Layout, bucket_bytes: int) -> Exporter:
+def exporter(model: ModelChunks, path: str, layout: Layout, bucket_bytes: int) -> Exporter:
     table = NameTable(read_architecture(path))
     return Exporter(model, table, layout.tp_group, layout.pp_group, layout.ep_group, bucket_bytes)
 
 
-def check_conversion(model: HiddenStateGPT, path: str, layout: Layout, out: Path) -> None:
+def check_conversion(model: ModelChunks, path: str, layout: Layout, out: Path) -> None:
     """Bit-exact round trip, checksums that hold for any layout, and a directory transformers loads."""
     reader = HFReader(path)
     for bucket_bytes in (1, 30_000, 2**30):  # a tensor, less than a layer, everything
@@ -173,11 +173,11 @@ def check_conversion(model: HiddenStateGPT, path: str, layout: Layout, out: Path
         assert all(torch.equal(written[name], reader.read(name)) for name in streamed)
 
 
-def check_loading(model: HiddenStateGPT, folder: Path) -> None:
+def check_loading(model: ModelChunks, folder: Path) -> None:
     """Megatron itself loads a converted checkpoint into any layout, the vocabulary's padding as zeros."""
-    state = dist_checkpointing.load(model.sharded_state_dict(), str(folder))
+    state = dist_checkpointing.load(model.first.sharded_state_dict(), str(folder))
     assert isinstance(state, dict)
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.first.named_parameters():
         assert torch.equal(state[name], parameter), name
 
 
@@ -220,8 +220,8 @@ def logits_by(reference: Any, sequences: Sequences) -> torch.Tensor:
 
 def gradients(student: Student, path: str, layout: Layout) -> dict[str, torch.Tensor]:
     """The gradients before clipping as whole tensors under their Hugging Face names."""
-    grads = {name: parameter.main_grad for name, parameter in global_parameters(student.model)}
-    export = exporter(student.model, path, layout, 2**30)
+    grads = {name: parameter.main_grad for name, parameter in global_parameters(student.model_chunks)}
+    export = exporter(student.model_chunks, path, layout, 2**30)
     export._parameters = grads  # the exporter gathers whatever it is given
     return dict(export)
 
@@ -280,7 +280,7 @@ class Run:
         return grads, losses.means() | {"grad_norm": grad_norm, "tokens": losses.tokens, "count": losses.count}
 
     def weights(self) -> dict[str, torch.Tensor]:
-        stream = exporter(self.student.model, self.path, self.layout, 2**30)
+        stream = exporter(self.student.model_chunks, self.path, self.layout, 2**30)
         return {f"{name} after the step": tensor.clone() for name, tensor in stream}
 
 
@@ -305,7 +305,7 @@ def relay(case: Case, path: str, layout: Layout, tmp: str) -> None:
     run, run_dir = Run(case, path, layout), Path(tmp) / "relay"
     checkpoints = checkpoint.Checkpoints(RunDir(run_dir), CheckpointConfig())
     saved = run_dir / "checkpoints" / "step_000001"
-    model, optimizer, reference = run.student.model, run.optimizer, run_dir / "second_step"
+    model, optimizer, reference = run.student.model_chunks, run.optimizer, run_dir / "second_step"
     if layout.world_size == 1:
         run.step()
         run_dir.mkdir(exist_ok=True)

@@ -54,10 +54,21 @@ def test_what_lies_on_the_device() -> None:
     teacher = SimpleNamespace(load=on("teacher"), offload=off("teacher"))
     ddp = SimpleNamespace(restore_grad_buffers=on("gradients"), offload_grad_buffers=off("gradients"))
     states = SimpleNamespace(offloads=True, load=on("states"), offload=off("states"))
-    memory: Any = DeviceMemory(engine, teacher, SimpleNamespace(ddp=ddp), states)  # type: ignore[arg-type]
+    memory: Any = DeviceMemory(engine, teacher, SimpleNamespace(ddp_chunks=[ddp]), states)  # type: ignore[arg-type]
     teacher.offload()
     moves = {phase: getattr(memory, f"for_{phase}") for phase in Phase}
     for phase in [Phase.REFIT, *Phase, Phase.ROLLOUT, *Phase]:  # the second rollout is an evaluation
+        moves[phase]()
+        assert there == PHASES[phase], phase
+    memory.without_training()  # a step that learned nothing
+    moves[Phase.REFIT]()
+    for _ in range(2):  # steps without rollouts, and then an evaluation
+        for phase in (Phase.TEACHER, Phase.STUDENT, Phase.OPTIMIZER):
+            moves[phase]()
+            assert there == PHASES[phase], phase
+        memory.after_training()
+        assert not there
+    for phase in (Phase.REFIT, Phase.ROLLOUT):
         moves[phase]()
         assert there == PHASES[phase], phase
     for count in range(1, len(Phase) + 1):  # whatever phase a run ends in: vLLM can then wake

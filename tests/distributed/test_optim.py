@@ -38,14 +38,14 @@ def test_dither_leaves_the_weights_and_is_even() -> None:
 
 def first_step(student: Student, config: Config, gradient: float) -> list[Tensor]:
     """What Adam's first step adds to each weight, where every gradient has one value."""
-    before = [weight.detach().clone() for weight in student.model.parameters()]
+    before = [weight.detach().clone() for weight in student.model_chunks.parameters()]
     optimizer = build_optimizer(student, config.optim)
-    student.ddp.zero_grad_buffer()
-    for weight in student.model.parameters():
+    student.ddp_chunks[0].zero_grad_buffer()
+    for weight in student.model_chunks.parameters():
         weight.main_grad.fill_(gradient)  # type: ignore[attr-defined]
     optimizer.prepare_grads()
     optimizer.step()
-    return [now.detach() - old for now, old in zip(student.model.parameters(), before, strict=True)]
+    return [now.detach() - old for now, old in zip(student.model_chunks.parameters(), before, strict=True)]
 
 
 def follow(path: str) -> None:
@@ -70,7 +70,7 @@ def follow(path: str) -> None:
         assert float(moved.float().mean()) == pytest.approx(-LR, rel=0.1), (tp, pp, distributed)
         shared = [weight for name, weight in model.named_parameters() if "norm" in name or tp == 1]
         if pp == 2:  # the head is the embedding
-            shared = [model.shared_embedding_or_output_weight()]
+            shared = [model.last.shared_embedding_or_output_weight()]
         for weight in shared:
             copies = [torch.empty_like(weight) for _ in range(layout.world_size)]
             dist.all_gather(copies, weight.detach())

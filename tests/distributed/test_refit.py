@@ -80,17 +80,17 @@ def worker(run_dir: str) -> None:
 
     wanted = answers()
     with torch.no_grad():  # move the weights away and back, so that a refit must change something twice
-        kept = [parameter.clone() for parameter in trainer.student.model.parameters()]
-        for parameter in trainer.student.model.parameters():
+        kept = [parameter.clone() for parameter in trainer.student.model_chunks.parameters()]
+        for parameter in trainer.student.model_chunks.parameters():
             parameter.mul_(0.5)
         refit(trainer.exporter, trainer.engine, 1, verify=True)
         assert answers() != wanted
-        for parameter, old in zip(trainer.student.model.parameters(), kept, strict=True):
+        for parameter, old in zip(trainer.student.model_chunks.parameters(), kept, strict=True):
             parameter.copy_(old)
     layout = trainer.layout
     groups = layout.tp_group, layout.pp_group, layout.ep_group
     for bucket_bytes in (1, 100_000):  # one tensor at a time, and edges inside layers
-        exporter = Exporter(trainer.student.model, trainer.table, *groups, bucket_bytes)
+        exporter = Exporter(trainer.student.model_chunks, trainer.table, *groups, bucket_bytes)
         refit(exporter, trainer.engine, 2, verify=True)
         assert answers() == wanted
 

@@ -8,7 +8,7 @@ from megatron_opsd.config import Config
 from megatron_opsd.data.batch import Batch, split
 from megatron_opsd.methods.opsd import opsd_loss
 from megatron_opsd.model import parallel
-from megatron_opsd.model.gpt import HiddenStateGPT, build_model
+from megatron_opsd.model.gpt import ModelChunks, build_model
 from megatron_opsd.model.optimizer import build_optimizer, build_schedule, optimizer_step
 from megatron_opsd.model.student import Student
 from megatron_opsd.model.teacher import EmaTeacher, LiveTeacher
@@ -35,7 +35,7 @@ def steps_of_a_student(path: str, tp: int, dtype: str) -> None:
     layout = parallel.initialize(config.parallel, seed=1)
     arch = read_architecture(path)
 
-    def build(dtype: str = dtype) -> HiddenStateGPT:
+    def build(dtype: str = dtype) -> ModelChunks:
         settings = config.model.model_copy(update={"dtype": dtype})
         model = build_model(arch, settings, config.parallel, layout.pg_collection)
         load_hf(model, HFReader(path), NameTable(arch), layout.shard, layout.dp_group)
@@ -49,16 +49,16 @@ def steps_of_a_student(path: str, tp: int, dtype: str) -> None:
     microbatches = split(
         batch, batch.assign(2, layout.dp_group.size()), layout.dp_group.rank(), "token", torch.device("cpu")
     )
-    exact = {name: weight.detach().double() for name, weight in student.model.named_parameters()}
+    exact = {name: weight.detach().double() for name, weight in student.model_chunks.named_parameters()}
     start = {name: weight.clone() for name, weight in exact.items()}
     for _ in range(STEPS):
         losses = student.forward_backward(microbatches, teacher.head_weight(), teacher.score(microbatches))
         assert optimizer_step(optimizer, schedule, losses.means()["loss"]).applied
-        teacher.after_update(student.model)
-        for name, weight in student.model.named_parameters():
+        teacher.after_update(student.model_chunks)
+        for name, weight in student.model_chunks.named_parameters():
             exact[name] += (1 - DECAY) * (weight.detach().double() - exact[name])
     average = dict(teacher.average().named_parameters())
-    scoring = dict(teacher.model.named_parameters())
+    scoring = dict(teacher.model_chunks.named_parameters())
     for name, wanted in exact.items():
         moved = (wanted - start[name]).norm()
         assert (average[name].double() - wanted).norm() <= 1e-6 * wanted.norm(), name
@@ -66,13 +66,13 @@ def steps_of_a_student(path: str, tp: int, dtype: str) -> None:
         assert torch.equal(scoring[name], average[name].to(scoring[name].dtype)), name
     assert sum((exact[name] != start[name]).any().item() for name in exact) > len(exact) / 2
 
-    live = LiveTeacher(student.model)
+    live = LiveTeacher(student.model_chunks)
     assert live.average() is None
-    assert all(a is b for a, b in zip(live.model.parameters(), student.model.parameters(), strict=True))
+    assert all(a is b for a, b in zip(live.model_chunks.parameters(), student.model_chunks.parameters(), strict=True))
     (hidden, *_) = live.score(microbatches)
     losses = student.forward_backward(microbatches, live.head_weight(), live.score(microbatches))
     assert not hidden.requires_grad
-    assert student.model.training
+    assert student.model_chunks.last.training
     assert losses.means()["divergence"] > 0  # the prompts differ
 
 

@@ -68,7 +68,7 @@ class Parts:
         assert updated
 
     def gradients(self) -> torch.Tensor:
-        return torch.cat([parameter.main_grad.flatten() for parameter in self.student.model.parameters()])
+        return torch.cat([parameter.main_grad.flatten() for parameter in self.student.model_chunks.parameters()])
 
 
 def allocated() -> int:
@@ -88,7 +88,7 @@ def move_optimizer_states(path: str) -> None:
         parts.step()
         tensors = parts.states._tensors()
         kept, before = [tensor.clone() for tensor in tensors], allocated()
-        assert size(tensors) >= 12 * sum(parameter.numel() for parameter in parts.student.model.parameters())
+        assert size(tensors) >= 12 * sum(parameter.numel() for parameter in parts.student.model_chunks.parameters())
         parts.states.offload()
         assert all(tensor.is_pinned() for tensor in tensors)
         assert before - allocated() >= size(tensors)
@@ -110,11 +110,11 @@ def free_gradients(path: str) -> None:
     parts.step()  # the optimizer keeps views of the gradients
     parts.backward()
     wanted, before = parts.gradients(), allocated()
-    buffers = [buffer.grad_data for buffer in parts.student.ddp.buffers]
+    buffers = [buffer.grad_data for buffer in parts.student.ddp_chunks[0].buffers]
     assert size(buffers) >= wanted.nbytes
-    parts.student.ddp.offload_grad_buffers()
+    parts.student.ddp_chunks[0].offload_grad_buffers()
     assert before - allocated() >= size(buffers)
-    parts.student.ddp.restore_grad_buffers()
+    parts.student.ddp_chunks[0].restore_grad_buffers()
     assert torch.count_nonzero(parts.gradients()) == 0
     parts.backward()
     assert (parts.gradients() - wanted).norm() <= 1e-3 * wanted.norm()  # added up in another order
@@ -125,7 +125,7 @@ def move_teacher(path: str) -> None:
     parts = Parts(path)
     head = parts.teacher.head_weight()
     assert head is not None
-    others = [parameter for parameter in parts.teacher.model.parameters() if parameter is not head]
+    others = [parameter for parameter in parts.teacher.model_chunks.parameters() if parameter is not head]
     for _ in range(2):  # also from host memory that is there already
         before = allocated()
         parts.teacher.offload()

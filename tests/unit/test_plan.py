@@ -26,7 +26,7 @@ from megatron_opsd.data.prompts import build_prompts, max_model_len
 from megatron_opsd.methods.opsd import opsd_loss
 from megatron_opsd.model import gpt as model_module
 from megatron_opsd.model import parallel
-from megatron_opsd.model.gpt import HiddenStateGPT, build_model
+from megatron_opsd.model.gpt import ModelChunks, build_model
 from megatron_opsd.model.optimizer import build_optimizer
 from megatron_opsd.model.student import Student
 from megatron_opsd.plan.formulas import GIB, boundary, layer_saved, longest_sequences
@@ -311,7 +311,7 @@ def _measure_on_four_ranks(activations: list[Config], states: list[tuple[Config,
     check_checkpoint(*states[0])
 
 
-def build(config: Config) -> tuple[parallel.Layout, Architecture, HiddenStateGPT]:
+def build(config: Config) -> tuple[parallel.Layout, Architecture, ModelChunks]:
     layout = parallel.initialize(config.parallel, 0)
     arch = read_architecture(config.model.path)
     return layout, arch, build_model(arch, config.model, config.parallel, layout.pg_collection)
@@ -328,10 +328,10 @@ def check_training_states(config: Config, plan: Plan) -> None:
     teacher = sum(p.nbytes for p in model.parameters())
     student = Student(model, layout, config, arch.vocab_size, opsd_loss(config))
     optimizer = build_optimizer(student, config.optim)
-    student.ddp.zero_grad_buffer()
+    student.ddp_chunks[0].zero_grad_buffer()
     optimizer.step()
     weights = storages(list(model.parameters()))
-    buffers = [*student.ddp.buffers, *student.ddp.expert_parallel_buffers]
+    buffers = [*student.ddp_chunks[0].buffers, *student.ddp_chunks[0].expert_parallel_buffers]
     gradients = storages([buffer.grad_data for buffer in buffers])
     chained = getattr(optimizer, "chained_optimizers", [optimizer])
     states = [
@@ -365,7 +365,7 @@ def fused_norms(keep: list[Tensor]) -> Iterator[None]:
     del model_module.RMSNorm.forward
 
 
-def saved_bytes(model: HiddenStateGPT, tokens: Tensor) -> int:
+def saved_bytes(model: ModelChunks, tokens: Tensor) -> int:
     """Bytes that autograd keeps of a forward pass, parameters aside."""
     saved: list[Tensor] = []
 
@@ -387,7 +387,7 @@ def check_activations(config: Config) -> None:
     for layers in (1, 3):
         smaller = replace(arch, num_layers=layers)
         model = build_model(smaller, config.model, config.parallel, layout.pg_collection)
-        sizes.append(saved_bytes(model, torch.arange(64)[None]))
+        sizes.append(saved_bytes(model.last, torch.arange(64)[None]))
     planned = kept(arch, config.parallel, config.model.dtype, 64)
     assert (sizes[1] - sizes[0]) / 2 == planned, (config.model, config.parallel, sizes, planned)
 

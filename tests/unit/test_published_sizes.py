@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
 from megatron_opsd.config import Config, ModelConfig, ParallelConfig
-from megatron_opsd.model.gpt import HiddenStateGPT, build_model
+from megatron_opsd.model.gpt import ModelChunks, build_model
 from megatron_opsd.model.parallel import pretended_layout
 from megatron_opsd.plan.preflight import check_parallel
 from megatron_opsd.weights.architecture import Architecture, read_architecture
@@ -76,12 +76,12 @@ def hf_shapes(path: Path) -> dict[str, Shape]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def parameters_of(rank: int, world_size: int, arch: Architecture, config: ParallelConfig) -> HiddenStateGPT:
+def parameters_of(rank: int, world_size: int, arch: Architecture, config: ParallelConfig) -> ModelChunks:
     with pretended_layout(rank, world_size, config) as layout, torch.device("meta"):
         return build_model(arch, ModelConfig(path="unread"), config, layout.pg_collection).to("meta")
 
 
-def describe(model: HiddenStateGPT) -> list[tuple[str, torch.Size]]:
+def describe(model: ModelChunks) -> list[tuple[str, torch.Size]]:
     return [(name, parameter.shape) for name, parameter in global_parameters(model)]
 
 
