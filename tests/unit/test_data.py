@@ -128,6 +128,22 @@ def test_missing_column_names_the_ones_there_are(tmp_path: Path, load: Load) -> 
     assert message == f"data.problem_column = 'problem': {path} has no such column; choose one of answer, question"
 
 
+def test_rows_need_what_the_method_reads(tmp_path: Path) -> None:
+    """Problems alone do where the teacher sees nothing, answers where it sees the answer."""
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    path = write_jsonl(
+        tmp_path / "problems.jsonl", [{"problem": "1+1?", "answer": 2}, {"problem": "2+2?", "answer": None}]
+    )
+    bare, answered = DataConfig(path=path), DataConfig(path=path, answer_column="answer")
+    assert [example.answer for example in read_examples(bare, tokenizer, reads="problem")] == [None, None]
+    assert [example.answer for example in read_examples(answered, tokenizer, reads="problem")] == ["2", None]
+    assert fail(lambda c: load_examples(c, reads="answer"), answered).startswith(
+        f"{path}:2: no answer in column 'answer'"
+    )
+    for reads in ("answer", "solution"):
+        assert "data.solution_column = 'solution'" in fail(lambda c, r=reads: check_data(c, reads=r), bare)
+
+
 def test_held_out_problems_need_answers_but_no_solutions(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     rows = [{"problem": "1+1?", "answer": 2}, {"problem": "2+2?", "answer": "4"}]

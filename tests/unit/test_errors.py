@@ -74,6 +74,22 @@ def test_no_mistakes(config: list[str], capsys: pytest.CaptureFixture[str]) -> N
         (["--objective.clip", "inf"], ["--objective.clip = inf", "finite"]),
         (["--method.context", "shuffled", "--rollout.samples_per_prompt", "32"], ["shuffled", "two problems"]),
         (["--objective.beta", "1.5"], ["--objective.beta = 1.5", "less than 1"]),
+        (["--method.kind", "grpo"], ["method.kind = 'grpo'", "opsd, sft"]),
+        (["--method.kind", "sft", "--method.context", "answer"], ["--method.context", "'sft' has no such setting"]),
+        (["--method.contxt", "answer"], ["--method.contxt: unknown option", "--method.context"]),
+        (["--method.train_on", '["rite"]'], ["method.train_on.0 = 'rite'", "'right'"]),
+        (["--method.train_on", "[]"], ["method.train_on = []", "name a grade"]),
+        (["--method.kind", "sft", "--teacher.kind", "ema"], ["'sft' has no teacher", "remove"]),
+        (["--method.kind", "sft", "--rollout.samples_per_prompt", "2"], ["samples nothing", "samples_per_prompt"]),
+        (["--teacher.kind", "live", "--method.context", "nothing"], ["compares the student with itself"]),
+        (["--teacher.kind", "live", "--teacher.placement", "offload"], ["no weights of its own", "teacher.placement"]),
+        (["--teacher.ema_decay", "1.0"], ["--teacher.ema_decay = 1.0", "less than 1"]),
+        (["--objective.importance_cap", "2.0"], ["importance_cap needs method.loss = 'sampled_token'"]),
+        (
+            ["--method.loss", "sampled_token", "--rollout.temperature", "1.1"],
+            ["is biased", "rollout.temperature = 1.0", "allow_biased_sampling"],
+        ),
+        (["--prompts.answer_template", "{problem}"], ["prompts.answer_template has no {answer}"]),
     ],
 )
 def test_check_says_it_in_one_line(

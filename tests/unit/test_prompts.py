@@ -121,3 +121,17 @@ def test_build_prompts_takes_tokenizer_and_templates_from_the_configuration(tmp_
     assert builder.tokenizer.decode(builder.teacher(EXAMPLE)).endswith(HEADER + "<think>\n")
     with pytest.raises(UserError, match=r"model\.path = '.*': its tokenizer cannot be loaded"):
         build_prompts(Config(model=ModelConfig(path=str(tmp_path)), data=data))
+
+
+def test_a_teacher_may_see_the_answer_alone(tokenizer: PreTrainedTokenizerBase) -> None:
+    prompts = PromptBuilder(tokenizer, answer_template="{problem} Known: {answer}.", teacher_thinking=False)
+    example = Example(0, "1+1?", "Easy.", "2")
+    text = tokenizer.decode(prompts.teacher_with_answer(example))
+    assert "1+1? Known: 2." in text
+    assert "Easy" not in text
+
+
+def test_a_solution_is_a_response_with_the_end_of_its_turn(tokenizer: PreTrainedTokenizerBase) -> None:
+    ids = PromptBuilder(tokenizer).solution(Example(0, "1+1?", "Easy: 2.", "2"))
+    assert ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(ids[:-1]) == "Easy: 2."
