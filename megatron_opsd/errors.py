@@ -9,5 +9,5 @@ class RunStoppedError(UserError):
     """The run has ended itself, for good: going on from where it was would not help."""
 
 
-class AbandonedError(Exception):
-    """A step was given up half-way, for a signal left no time to finish it. The student has not changed."""
+class StepAbortedError(Exception):
+    """A step was aborted because a signal left no time to finish it. The student has not changed."""

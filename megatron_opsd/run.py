@@ -12,7 +12,7 @@ from megatron_opsd.config import Config
 from megatron_opsd.data.datasets import read_examples, read_held_out
 from megatron_opsd.data.prompts import build_prompts
 from megatron_opsd.data.sampler import Sampler
-from megatron_opsd.errors import AbandonedError, RunStoppedError, UserError
+from megatron_opsd.errors import RunStoppedError, StepAbortedError, UserError
 from megatron_opsd.evaluate import evaluate
 from megatron_opsd.model import parallel
 from megatron_opsd.model.gpt import layers_in_use
@@ -90,13 +90,13 @@ class Run:
                 if is_due(progress.step, interval) and self.checkpoints.saved_step < progress.step:
                     attempt(self.save, writer)
                 clock = Clock(self.watchdog.enter)
-                result = self.trainer.step(clock, partial(self.is_late, clock))
+                result = self.trainer.step(clock, partial(self.should_abort, clock))
                 self.step_seconds = clock.elapsed()
                 # The checkpoint was written during the step. Complete it before the step is recorded.
                 writer.warn(attempt(self.finish_saving, writer) or [])
                 writer.step(result)
                 writer.warn(self.guards.step(result.metrics))
-        except AbandonedError as error:
+        except StepAbortedError as error:
             interrupted_by = f"{self.preemption.name}, {error}"
         except NoServerLeftError as error:
             interrupted_by = str(error)
@@ -150,11 +150,11 @@ class Run:
             f"let signals come {SAVE_MARGIN * seconds + self.step_seconds:.0f} s before the end (a step and a save)"
         ]
 
-    def is_late(self, clock: Clock) -> bool:
+    def should_abort(self, clock: Clock) -> bool:
         """Whether a signal has come that leaves this rank too little time to finish the step and save after it."""
         step_left = max(0.0, self.step_seconds - clock.elapsed())
         save_seconds = SAVE_MARGIN * self.checkpoints.seconds if self.config.checkpoint.save_interval else 0.0
-        return self.preemption.late(step_left + save_seconds)
+        return not self.preemption.has_time_for(step_left + save_seconds)
 
     def close(self, interrupted_by: str) -> None:
         """Write the outcome, and leave watchdog and engine. All ranks call this."""

@@ -11,7 +11,7 @@ from megatron_opsd.data.batch import Batch, Sample, fill_up, padding_share, spli
 from megatron_opsd.data.prompts import PromptBuilder, max_model_len
 from megatron_opsd.data.sampler import Sampler
 from megatron_opsd.device_memory import DeviceMemory
-from megatron_opsd.errors import AbandonedError
+from megatron_opsd.errors import StepAbortedError
 from megatron_opsd.methods import build_method
 from megatron_opsd.model import parallel
 from megatron_opsd.model.gpt import ModelChunks, build_model
@@ -74,7 +74,7 @@ class Trainer:
         """One step of any method.
 
         Raises:
-            AbandonedError: ``should_abort`` was true on a rank before the student's pass. Student and progress are as
+            StepAbortedError: ``should_abort`` was true on a rank before the student's pass. Student and progress are as
                 they were; the sampler is not.
         """
         config, progress = self.config, self.progress
@@ -233,6 +233,6 @@ class Trainer:
 
 
 def abort_if(should_abort: Callable[[], bool]) -> None:
-    """Raise AbandonedError on all ranks where one of them should abort."""
+    """Raise StepAbortedError on all ranks where one of them should abort."""
     if parallel.any_rank(should_abort()):
-        raise AbandonedError("the next step could not end in time")
+        raise StepAbortedError("the next step could not end in time")

@@ -20,7 +20,7 @@ def answer(
     """``rollout.samples_per_prompt`` answers to each problem, from the weights of ``step``. Collective.
 
     Raises:
-        AbandonedError: ``should_abort`` was true on a rank.
+        StepAbortedError: ``should_abort`` was true on a rank.
     """
     settings, k = config.rollout, config.rollout.samples_per_prompt
     asked = [prompts.student(example) for example in examples]

@@ -50,9 +50,9 @@ class PreemptionHandler:
         """Whether this rank has been told to leave."""
         return self._first is not None
 
-    def late(self, seconds: float) -> bool:
-        """Whether this rank's deadline comes before another ``seconds`` of work would be done."""
-        return time.monotonic() + seconds > self._deadline
+    def has_time_for(self, seconds: float) -> bool:
+        """Whether another ``seconds`` of work would be done before this rank's deadline."""
+        return time.monotonic() + seconds <= self._deadline
 
     def _listen(self, read_end: int) -> None:
         while number := os.read(read_end, 1):

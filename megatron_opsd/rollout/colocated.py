@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_opsd.compat.vllm_internals import after_reload, before_reload, repair_shared_memory, sleeping_bytes
 from megatron_opsd.config import Config
-from megatron_opsd.errors import AbandonedError
+from megatron_opsd.errors import StepAbortedError
 from megatron_opsd.rollout.engine import RefitError, Sampling
 from megatron_opsd.rollout.vllm_setup import engine_arguments, prepare_environment, sampling_arguments
 from megatron_opsd.types import Rollout
@@ -60,7 +60,7 @@ class ColocatedVLLM:
         gathered: list[list[Rollout] | None] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, rollouts if self._rank_in_engine == 0 or rollouts is None else [])
         if any(part is None for part in gathered):
-            raise AbandonedError("given up while responses were written")
+            raise StepAbortedError("given up while responses were written")
         by_engine = [part or [] for part in gathered][:: dist.get_world_size() // self._engines]
         return [by_engine[i % self._engines][i // self._engines] for i in range(len(prompts))]
 

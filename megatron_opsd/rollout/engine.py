@@ -43,7 +43,7 @@ class Engine(Protocol):
         should_abort: called now and then on each rank.
 
         Raises:
-            AbandonedError: on all ranks, if ``should_abort`` was true on one while rollouts were still missing.
+            StepAbortedError: on all ranks, if ``should_abort`` was true on one while rollouts were still missing.
         """
         ...
 

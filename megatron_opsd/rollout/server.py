@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_opsd import events
 from megatron_opsd.config import Config
-from megatron_opsd.errors import AbandonedError
+from megatron_opsd.errors import StepAbortedError
 from megatron_opsd.rollout.client import ServerClient, ServerError, open_session
 from megatron_opsd.rollout.engine import AlwaysAwake, NoServerLeftError, Sampling
 from megatron_opsd.types import Rollout
@@ -170,7 +170,7 @@ class ServedVLLM(AlwaysAwake):
             if leave and not done:
                 work.cancel()
                 await asyncio.wait((work,))
-                raise AbandonedError("given up while responses were written")
+                raise StepAbortedError("given up while responses were written")
         return work.result()
 
     async def _write_all(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Rollout]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from megatron_opsd.config import Config
-from megatron_opsd.errors import AbandonedError
+from megatron_opsd.errors import StepAbortedError
 from megatron_opsd.rollout.engine import AlwaysAwake, Sampling
 from megatron_opsd.types import Rollout
 
@@ -41,7 +41,7 @@ class TransformersEngine(AlwaysAwake):
         parts: list[list[Rollout] | None] = [None] * world_size
         dist.all_gather_object(parts, own)
         if any(part is None for part in parts):
-            raise AbandonedError("given up while responses were written")
+            raise StepAbortedError("given up while responses were written")
         return [(parts[i % world_size] or [])[i // world_size] for i in range(len(prompts))]
 
     @torch.no_grad()

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from megatron_opsd import events
 from megatron_opsd.config import Config
 from megatron_opsd.config_file import load_config
-from megatron_opsd.errors import AbandonedError, UserError
+from megatron_opsd.errors import StepAbortedError, UserError
 from megatron_opsd.model import parallel
 from megatron_opsd.reliability.run_dir import read_jsonl
 from megatron_opsd.rollout import build_engine
@@ -196,7 +196,7 @@ def behaviours(urls: list[str], out: Path) -> None:
 
     # Given up by one rank, by all; the next one starts without remains.
     seeds = [sample_seed(0, 2, i) for i in range(64)]
-    with pytest.raises(AbandonedError):
+    with pytest.raises(StepAbortedError):
         engine.generate([PROMPTS[0]] * 64, LONG, seeds, lambda: dist.get_rank() == 1)
     assert token_ids(engine.generate(PROMPTS, SAMPLED, SEEDS)) == token_ids(sampled)
     if dist.get_rank() == 0:

@@ -6,8 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_opsd.objective import Divergence, backend_torch, linear_divergence, vocab_parallel_divergence
-from tests.unit.test_objective_reference import SPECS, name_of
+from megatron_opsd.objective import (
+    Divergence,
+    SampledToken,
+    Tokens,
+    backend_torch,
+    linear_divergence,
+    linear_loss,
+    vocab_parallel_divergence,
+)
+from tests.unit.test_objective_reference import SAMPLED_TOKEN, SPECS, name_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -71,6 +79,36 @@ def test_close_and_identical_models(kind: Any) -> None:
         out, gradient = run(student, student.detach(), spec)
         assert torch.count_nonzero(torch.stack([out.loss, out.unclipped])) == 0
         assert torch.count_nonzero(gradient) == 0
+
+
+@pytest.mark.parametrize("loss", SAMPLED_TOKEN, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sampled_tokens(loss: SampledToken, dtype: torch.dtype) -> None:
+    """Against the same in float64 on the CPU. Hidden states and heads are small, the vocabulary is real."""
+    generator = torch.Generator().manual_seed(11)
+    shapes = [(N, 64), (PADDED, 64)] * 2
+    tensors = [torch.randn(shape, generator=generator).to(dtype) / 4 for shape in shapes]
+    tokens = Tokens(
+        *(torch.linspace(-1, 2, N), torch.arange(N) * 2000, torch.linspace(-2, 3, N), torch.full((N,), -9.0))
+    )
+
+    def on(device: str, to: torch.dtype) -> list[Tensor]:
+        hidden, head, *teacher = (x.to(device, to) for x in tensors)
+        hidden.requires_grad_()
+        head.requires_grad_()
+        given = Tokens(
+            *(
+                x.to(device) if x.dtype == torch.long else x.to(device, torch.promote_types(to, torch.float32))
+                for x in tokens
+            )
+        )
+        sides = (teacher[0], teacher[1]) if loss.needs_teacher else None
+        total, out = linear_loss(loss, hidden, head, given, sides, vocab_size=VOCAB, tp_group=None, chunk_size=24)
+        return [out.loss, *torch.autograd.grad(total, (hidden, head))]
+
+    for actual, wanted in zip(on("cuda", dtype), on("cpu", torch.float64), strict=True):
+        tolerance = 1e-2 if dtype is torch.bfloat16 else 1e-5
+        assert (actual.double().cpu() - wanted).norm() <= tolerance * wanted.norm()
 
 
 def test_more_than_two_to_the_31_entries() -> None:
