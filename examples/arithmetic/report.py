@@ -4,6 +4,7 @@ Prints a table of the runs, accuracy before and after, and draws `accuracy.png` 
 """
 
 import argparse
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,7 +54,7 @@ def draw_run(axes: Axes, run: Run) -> None:
     # The rollouts of step n come from the weights after n - 1 steps.
     axes.plot(
         [step["step"] - 1 for step in run.steps],
-        [step["accuracy"] for step in run.steps],
+        [step.get("accuracy", math.nan) for step in run.steps],
         color="0.65",
         linewidth=0.9,
         label="rollouts (training problems, sampled)",

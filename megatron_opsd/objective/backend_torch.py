@@ -4,16 +4,12 @@ A pass works on a tile of logits at a time, so that only a tile's temporaries ex
 """
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from megatron_opsd.objective.clips import TokenLevel
-from megatron_opsd.objective.types import EntrySums, LocalSums, Logits, Normalizers, SavedForBackward
-
-if TYPE_CHECKING:
-    from megatron_opsd.objective.divergence import Divergence
+from megatron_opsd.objective.types import DivergenceTerms, EntrySums, LocalSums, Logits, Normalizers, SavedForBackward
 
 # A CPU keeps the dozen temporaries of a tile this large in its cache.
 ENTRIES_AT_ONCE = 2**17
@@ -44,7 +40,7 @@ def normalizer_sums(logits: Logits, temperatures: tuple[float, ...]) -> LocalSum
     return LocalSums(maxima, top_ids, torch.stack(totals).view(len(temperatures), 2, n), difference)
 
 
-def entry_sums(logits: Logits, normalizers: Normalizers, loss: "Divergence") -> EntrySums:
+def entry_sums(logits: Logits, normalizers: Normalizers, loss: DivergenceTerms) -> EntrySums:
     """Second pass: this rank's sums over entries."""
     clip = loss.clipping
 
@@ -66,7 +62,7 @@ def entry_sums(logits: Logits, normalizers: Normalizers, loss: "Divergence") -> 
     return EntrySums(*_per_token(logits, sums))
 
 
-def write_gradient(logits: Logits, saved: SavedForBackward, scale: Tensor, loss: "Divergence", out: Tensor) -> None:
+def write_gradient(logits: Logits, saved: SavedForBackward, scale: Tensor, loss: DivergenceTerms, out: Tensor) -> None:
     """Third pass: scale (g - p G) into ``out`` [n, width], which may be the student's logits; 0 where scale [n] is."""
     clip = loss.clipping
     needs_raw, needs_value = (False, False) if isinstance(clip, TokenLevel) else clip.dlogp_needs

@@ -13,7 +13,7 @@ Selection is cheap here, so ``tl.where`` joins the ranges; a NaN in the one not 
 
 from functools import cache
 from math import cos, log, pi
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
@@ -21,10 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_opsd.objective.kinds import FARTHEST, jsd_coefficients, kl_coefficients
-from megatron_opsd.objective.types import EntrySums, LocalSums, Logits, Normalizers, SavedForBackward
-
-if TYPE_CHECKING:
-    from megatron_opsd.objective.divergence import Divergence
+from megatron_opsd.objective.types import DivergenceTerms, EntrySums, LocalSums, Logits, Normalizers, SavedForBackward
 
 KINDS = ("forward_kl", "reverse_kl", "jsd")  # that the kernels know
 
@@ -53,7 +50,7 @@ def normalizer_sums(logits: Logits, temperatures: tuple[float, ...]) -> LocalSum
     return LocalSums(maxima, top_ids, torch.stack([sums, second_sums] if second else [sums]), difference)
 
 
-def entry_sums(logits: Logits, normalizers: Normalizers, loss: "Divergence") -> EntrySums:
+def entry_sums(logits: Logits, normalizers: Normalizers, loss: DivergenceTerms) -> EntrySums:
     """Second pass: this rank's sums over entries."""
     n = len(logits.student)
     sums = torch.empty(6, n, dtype=logits.dtype, device=logits.student.device)
@@ -61,7 +58,7 @@ def entry_sums(logits: Logits, normalizers: Normalizers, loss: "Divergence") -> 
     return EntrySums(*sums)
 
 
-def write_gradient(logits: Logits, saved: SavedForBackward, scale: Tensor, loss: "Divergence", out: Tensor) -> None:
+def write_gradient(logits: Logits, saved: SavedForBackward, scale: Tensor, loss: DivergenceTerms, out: Tensor) -> None:
     """Third pass: scale (g - p G) into ``out`` [n, width], which may be the student's logits; 0 where scale [n] is."""
     per_row = *_per_row(saved.normalizers), saved.dlogp_sum.contiguous(), scale.contiguous()
     n = len(logits.student)
@@ -84,7 +81,7 @@ def _per_row(normalizers: Normalizers) -> list[Tensor]:
     return [maxima.contiguous(), sums.reciprocal().contiguous(), log_ratio.contiguous()]
 
 
-def _constants(loss: "Divergence", dtype: torch.dtype) -> dict[str, Any]:
+def _constants(loss: DivergenceTerms, dtype: torch.dtype) -> dict[str, Any]:
     """What the kernels know of ``loss``, and their polynomials, when they are compiled."""
     precise = dtype is torch.float64
     by_entry = loss.clip is not None and loss.clip_mode != "token"

@@ -1,12 +1,13 @@
 """What the parts of the objective hand to one another. Everything but the logits is [n]-sized."""
 
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from megatron_opsd.objective.vocab_shard import VocabShard
+from megatron_opsd.objective.clips import Clip
+from megatron_opsd.objective.kinds import Kind
+from megatron_opsd.objective.vocab_shard import VocabShard
 
 
 class Logits(NamedTuple):
@@ -45,7 +46,7 @@ class TokenLoss(Protocol):
         ...
 
     def measure(
-        self, student: Tensor, teacher: Tensor | None, tokens: Tokens, shard: "VocabShard", vocab_size: int
+        self, student: Tensor, teacher: Tensor | None, tokens: Tokens, shard: VocabShard, vocab_size: int
     ) -> tuple[Any, Any]:
         """Values per token over the whole vocabulary, and what ``write_gradient`` needs of them.
 
@@ -60,6 +61,25 @@ class TokenLoss(Protocol):
         No collectives. Zero where the weight is.
         """
         ...
+
+
+class DivergenceTerms(Protocol):
+    """What a backend needs to know of a ``Divergence``."""
+
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def entry(self) -> Kind: ...
+    @property
+    def clipping(self) -> Clip: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def beta(self) -> float: ...
+    @property
+    def clip(self) -> float | None: ...
+    @property
+    def clip_mode(self) -> str: ...
 
 
 class DivergenceOutput(NamedTuple):
