@@ -217,7 +217,7 @@ def objectives(study: Study) -> Iterator[tuple[dict[str, Any], Tensor]]:
     for kind in KINDS:
         for mode, clip in CLIPS:
             study.move(0.0, study.gradient())
-            study.student.divergence = Divergence(kind, clip=clip, clip_mode="entry" if clip is None else mode)  # type: ignore[arg-type]
+            study.student.token_loss = Divergence(kind, clip=clip, clip_mode="entry" if clip is None else mode)  # type: ignore[arg-type]
             loss = study.backward()["loss"]
             gradient = study.gradient()
             yield (

@@ -76,6 +76,7 @@ Reads = Literal["problem", "answer", "solution"]  # what a row of the data must 
 
 
 class OpsdConfig(Section):
+    has_teacher: ClassVar[bool] = True
     writes_rollouts: ClassVar[bool] = True  # whether the engine writes responses in every step
     kind: Literal["opsd"] = "opsd"
     """The method: `opsd`, On-Policy Self-Distillation, or `sft`, fine-tuning on the data's solutions."""
@@ -96,6 +97,7 @@ class OpsdConfig(Section):
 
 
 class SftConfig(Section):
+    has_teacher: ClassVar[bool] = False
     writes_rollouts: ClassVar[bool] = False
     kind: Literal["sft"] = "sft"
     """The method: `opsd`, On-Policy Self-Distillation, or `sft`, fine-tuning on the data's solutions."""
@@ -118,8 +120,8 @@ class TeacherConfig(Section):
     kind: Literal["frozen", "live", "ema"] = "frozen"
     """`frozen`: the model the run starts from. `live`: the student itself, without a copy. `ema`: an exponential moving
     average of the student."""
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
-    """How much of an `ema` teacher's weights stays in each step."""
+    ema_decay: Annotated[float, Field(gt=0, le=0.9999)] = 0.999
+    """How much of an `ema` teacher's weights stays in each step. Float32 holds no slower average than 0.9999."""
     placement: Literal["resident", "offload"] = "resident"
     """`offload` keeps the teacher's weights in pinned host memory while it is not scoring; its LM head stays."""
 
@@ -419,7 +421,7 @@ class Config(Section):
     @property
     def teacher_kind(self) -> Literal["frozen", "live", "ema"] | None:
         """The teacher of a method that has one."""
-        return self.teacher.kind if isinstance(self.method, OpsdConfig) else None
+        return self.teacher.kind if self.method.has_teacher else None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -441,7 +443,7 @@ class Config(Section):
                 raise ValueError("method.kind = 'sft' has no teacher; remove the settings of [teacher]")
             if rollout.samples_per_prompt > 1:
                 raise ValueError("method.kind = 'sft' samples nothing; remove rollout.samples_per_prompt")
-        else:
+        if isinstance(method, OpsdConfig):
             if method.context == "shuffled" and self.train.global_batch_size == rollout.samples_per_prompt:
                 raise ValueError("method.context = 'shuffled' needs two problems a step; raise train.global_batch_size")
             if self.teacher.kind != "frozen" and method.context == "nothing":
@@ -454,8 +456,11 @@ class Config(Section):
         if self.teacher.kind == "live" and self.teacher.placement == "offload":
             raise ValueError("teacher.kind = 'live' has no weights of its own; remove teacher.placement")
         sampled = isinstance(method, OpsdConfig) and method.loss == "sampled_token"
-        if objective.importance_cap is not None and not sampled:
-            raise ValueError("objective.importance_cap needs method.loss = 'sampled_token'; remove it")
+        if objective.importance_cap is not None and not (sampled and objective.temperature == 1):
+            raise ValueError(
+                "objective.importance_cap needs method.loss = 'sampled_token' and objective.temperature = 1.0, the "
+                "temperature of vLLM's log-probs; remove it"
+            )
         same = rollout.temperature == objective.temperature and rollout.top_p == 1 and rollout.top_k == -1
         if sampled and not (same or objective.allow_biased_sampling):
             raise ValueError(

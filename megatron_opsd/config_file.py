@@ -21,7 +21,7 @@ def fields(schema: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]
         if not sections:
             found[prefix + name] = field
         for section in sections:
-            found |= fields(section, f"{prefix}{name}.")
+            found = fields(section, f"{prefix}{name}.") | found  # of a union's sections, the first is the default
     return found
 
 
@@ -87,6 +87,8 @@ def _explain(error: ValidationError, path: str, overrides: dict[str, str]) -> st
             section.model_fields["kind"].default for section in _sections_of(Config.model_fields["method"].annotation)
         ]
         return f"{path}: method.kind = {first.get('ctx', {})['tag']!r}: must be one of {', '.join(kinds)}"
+    if first["type"] in ("union_tag_not_found", "model_type", "dict_type") and parts == ["method"]:
+        return f"{path}: method = {first['input']!r}: must be a section, [method] with a kind"
     if first["type"] == "extra_forbidden" and name in fields():
         return f"{where}: the method {first['loc'][1]!r} has no such setting; remove it"
     if first["type"] == "extra_forbidden":

@@ -1,15 +1,16 @@
 """A run from its start to its outcome: when to save and to evaluate, and what signals and failures lead to."""
 
+import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
 import torch.distributed as dist
 
 from megatron_opsd import events
-from megatron_opsd.config import Config
-from megatron_opsd.data.datasets import read_examples, read_held_out
+from megatron_opsd.config import Config, OpsdConfig
+from megatron_opsd.data.datasets import check_grades, read_examples, read_held_out
 from megatron_opsd.data.prompts import build_prompts
 from megatron_opsd.data.sampler import Sampler
 from megatron_opsd.errors import RunStoppedError, StepAbortedError, UserError
@@ -65,8 +66,11 @@ class Run:
         self.held_out: list[Example] = []
         if config.evaluate.data and config.evaluate.interval:
             self.held_out = read_held_out(config.evaluate.data, prompts.tokenizer)[: config.evaluate.limit]
-        sampler = Sampler(read_examples(config.data, prompts.tokenizer, reads=config.method.reads), config.train.seed)
-        check_same_data(sampler)
+        examples = read_examples(config.data, prompts.tokenizer, reads=config.method.reads)
+        if isinstance(config.method, OpsdConfig):
+            check_grades(examples, config.method.train_on, config.data.path)
+        check_same_data(examples)
+        sampler = Sampler(examples, config.train.seed)
         self.trainer = Trainer(config, layout, prompts, sampler, resume_from)
         self.checkpoints.saved_step = self.trainer.progress.step
         self.guards = Guards(config.guards, self.trainer.progress.guards)
@@ -175,10 +179,13 @@ def attempt(action: Callable[[], T], writer: MetricsWriter) -> T | None:
         return None
 
 
-def check_same_data(sampler: Sampler) -> None:
-    """Raise UserError unless all ranks have read the same data."""
+def check_same_data(examples: Sequence[Example]) -> None:
+    """Raise UserError unless all ranks have read the same data, answers included."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(repr(example).encode())
     digests: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(digests, sampler.digest)
+    dist.all_gather_object(digests, digest.hexdigest())
     for rank, digest in enumerate(digests):
         if digest != digests[0]:
             raise UserError(f"data.path: rank {rank} reads other data than rank 0; give all nodes the same file")

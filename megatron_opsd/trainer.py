@@ -52,7 +52,7 @@ class Trainer:
         self.engine_version = -1  # of the weights that the engine holds
         self.method = build_method(config, prompts, sampler, self.engine)
         # The teacher before the student: where it is offloaded, the two are never on the device together.
-        self.progress = Progress(config.teacher.kind, sampler.state_dict())
+        self.progress = Progress(config.teacher_kind or "none", sampler.state_dict())
         self.teacher = self._own_teacher(reader) if self.method.loss.needs_teacher else None
         self.student = Student(self._load_model(reader), layout, config, self.table.arch.vocab_size, self.method.loss)
         if self.method.loss.needs_teacher and self.teacher is None:
@@ -89,6 +89,8 @@ class Trainer:
         if not samples:
             return self._learn_nothing(groups, clock)
         batch = self._build_batch(samples)
+        if not any(map(batch.tokens, batch.samples)):
+            return self._learn_nothing(groups, clock)
         dp, device = self.layout.dp_group, parallel.device()
         assignment = batch.assign(config.train.micro_batch_size, dp.size())
         microbatches = split(batch, assignment, dp.rank(), config.objective.normalization, device)
@@ -207,10 +209,11 @@ class Trainer:
         lr = self.optimizer.param_groups[0]["lr"]
         self.schedule.step(1)
         self._count_step()
-        self.memory.without_training()
-        self.memory.for_refit()
-        with clock.phase(Phase.REFIT):
-            self.refit(verify=False)  # the same weights under their new number
+        if self.config.method.writes_rollouts:
+            self.memory.without_training()
+            self.memory.for_refit()
+            with clock.phase(Phase.REFIT):
+                self.refit(verify=False)  # the same weights under their new number
         nothing = {"grad_norm": 0.0, "lr": lr, "skipped": 0, "samples": 0, "tokens": 0.0, "padding_share": 0.0}
         return StepResult(self._metrics(groups, nothing, clock), groups)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_opsd.config import DataConfig, Reads
 from megatron_opsd.data.grading import reference_answer
 from megatron_opsd.errors import UserError
-from megatron_opsd.types import Example
+from megatron_opsd.types import Example, Grade
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,6 +71,21 @@ def load_examples(config: DataConfig, section: str = "data", reads: Reads = "sol
     if not examples:
         raise UserError(f"{section}.path = '{config.path}': no rows, give data with at least one example")
     return examples
+
+
+def check_grades(examples: Sequence[Example], train_on: Sequence[Grade], path: str) -> None:
+    """Raise `UserError` where no response to any of the examples could get a grade of `train_on`."""
+    answered = sum(example.answer is not None for example in examples)
+    possible = set[Grade]()
+    if answered:
+        possible |= {Grade.RIGHT, Grade.WRONG, Grade.UNFINISHED}
+    if answered < len(examples):
+        possible.add(Grade.UNKNOWN)
+    if not possible & set(train_on):
+        raise UserError(
+            f"method.train_on = {json.dumps(train_on)}: {answered} of {len(examples)} problems of {path} have an "
+            "answer, so no response gets such a grade; set data.answer_column, or other grades"
+        )
 
 
 def check_data(config: DataConfig, section: str = "data", reads: Reads = "solution") -> None:

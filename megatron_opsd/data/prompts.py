@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # A problem may tokenize a little longer inside its prompt than alone.
 SEAM_TOKENS = 16
+# What is assumed of a final answer that a teacher is shown; solutions have a limit of their own.
+ANSWER_TOKENS = 64
 
 _PLACEHOLDER = re.compile(r"\{(problem|solution|answer)\}")
 
@@ -88,6 +90,7 @@ class PromptBuilder:
 
     def solution(self, example: Example) -> list[int]:
         """Ids of the reference solution as a response, the end of the turn included."""
+        assert self.tokenizer.eos_token
         return self._encode(example.solution + str(self.tokenizer.eos_token))
 
     def _teacher(self, template: str, values: Mapping[str, str]) -> list[int]:

@@ -15,7 +15,7 @@ class SFT:
 
     def __init__(self, config: Config, prompts: PromptBuilder, sampler: Sampler) -> None:
         self._problems, self._prompts, self._sampler = config.train.global_batch_size, prompts, sampler
-        self.loss: TokenLoss = SampledToken(config.objective.temperature)
+        self.loss: TokenLoss = SampledToken()  # advantage 1: the log-likelihood
 
     def collect(self, step: int, should_abort: Callable[[], bool]) -> list[Group]:
         return [

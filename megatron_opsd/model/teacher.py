@@ -158,10 +158,11 @@ class EmaTeacher(FrozenTeacher):
         self._decay = decay
         self._average = model_chunks
         if model_chunks.config.params_dtype != torch.float32:
+            self.offload()
             self._average = build_average().requires_grad_(False)
-            self._copy(model_chunks, self._average)
             if self._offloads:
                 self._average.cpu()
+            self._copy(model_chunks, self._average)
 
     @torch.no_grad()
     def after_update(self, student: ModelChunks) -> None:

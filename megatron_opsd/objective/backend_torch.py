@@ -13,6 +13,7 @@ from megatron_opsd.objective.types import DivergenceTerms, EntrySums, LocalSums,
 
 # A CPU keeps the dozen temporaries of a tile this large in its cache.
 ENTRIES_AT_ONCE = 2**17
+ENTRIES_AT_ONCE_ON_A_GPU = 2**24  # whose time goes into starting small kernels
 # glibc gives freed memory back to the kernel, and a third of the time goes into getting it again, until a block of
 # nearly 32 MiB has come and gone: then it keeps blocks of up to that size.
 GLIBC_KEEPS_BYTES = 31 * 2**20
@@ -80,10 +81,11 @@ def write_gradient(logits: Logits, saved: SavedForBackward, scale: Tensor, loss:
 
 def _tiles(logits: Logits) -> Iterator[tuple[slice, slice, Logits]]:
     """Rows, columns and logits of one tile after the other, in the dtype to compute in; all of a row come together."""
+    at_once = ENTRIES_AT_ONCE if logits.student.is_cpu else ENTRIES_AT_ONCE_ON_A_GPU
     torch.empty(GLIBC_KEEPS_BYTES, dtype=torch.uint8, device="cpu")
     n, width = logits.student.shape
-    parts = max(1, -(-width // ENTRIES_AT_ONCE))
-    step = max(1, ENTRIES_AT_ONCE // max(1, width))
+    parts = max(1, -(-width // at_once))
+    step = max(1, at_once // max(1, width))
     for start in range(0, max(1, n), step):  # of no rows, one empty tile
         rows = slice(start, start + step)
         for part in range(parts):

@@ -307,7 +307,7 @@ def _forms(
     p, q, d, KIND: tl.constexpr, BETA: tl.constexpr, CLIP: tl.constexpr, CLIP_MODE: tl.constexpr,
     KL: tl.constexpr, JSD: tl.constexpr, LOG1P: tl.constexpr,
 ):  # fmt: skip
-    """f⁺, the clipped f⁺ and its dlogp, and whether the entry lies above the clip; see entries.py."""
+    """f⁺, the clipped f⁺ and its dlogp, and whether the entry lies above the clip; see kinds.py and clips.py."""
     if KIND == "jsd":
         value, dlogp = _jsd(p, q, d, BETA, KL, JSD, LOG1P)
         raw, shift, shift_dlogp = value, 0.0, 0.0

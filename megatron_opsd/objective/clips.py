@@ -30,7 +30,7 @@ class ClippedTokens(NamedTuple):
 
 
 class EntryLevel(ABC):
-    """Acts on each entry before the sum over the vocabulary; may write into the forms.
+    """Acts on each entry before the sum over the vocabulary; may write into the forms, some of which may be one tensor.
 
     dlogp_needs: whether ``dlogp`` reads the raw form, and the value.
     """

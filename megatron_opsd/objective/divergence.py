@@ -107,20 +107,24 @@ class Divergence:
         both_first = (local.maxima == maxima).all(0) & (local.top_ids[0] == local.top_ids[1])
         parts = [*self._backend(student).entry_sums(logits, normalizers, self), both_first.to(logits.dtype)]
         if tokens.ids is not None:
-            for side, maximum in zip(logits, maxima, strict=True):
-                logit, held = shard.pick(side, tokens.ids)
-                parts.append(torch.where(held, logit.to(logits.dtype) - maximum, 0))
+            (own, held), (other, _) = (shard.pick(side, tokens.ids) for side in logits)
+            own, other = own.to(logits.dtype), other.to(logits.dtype)
+            # The difference on its own: exact where both sides are close.
+            picked = torch.stack([own - maxima[0], other - maxima[1], other - own - (maxima[1] - maxima[0])])
+            parts += torch.where(held, picked, 0)
         sums = shard.all_reduce(torch.stack(parts))  # third
         sums[:4] += 0 * normalizers.sums.sum(0)  # a NaN logit spoils its token
         unclipped, loss, dlogp_sum, count, *log_means, agree = sums[:7]
         entropies = normalizers.sums.log() - torch.stack(log_means)
 
-        logprobs = student_logprobs = teacher_logprobs = None
+        sampled = student_logprobs = teacher_logprobs = None
         if tokens.ids is not None:
-            centered = torch.where((tokens.ids >= 0) & (tokens.ids < vocab_size), sums[7:], torch.nan)
-            logprobs = centered / self.temperature - normalizers.sums.log()
-            unit = torch.stack(unit_sums) if unit_sums else normalizers.sums
-            student_logprobs, teacher_logprobs = centered - unit.log()
+            known = (tokens.ids >= 0) & (tokens.ids < vocab_size)
+            *centered, gap = torch.where(known, sums[7:], torch.nan)
+            unit = unit_sums or list(normalizers.sums)
+            student_logprobs, teacher_logprobs = (x - y.log() for x, y in zip(centered, unit, strict=True))
+            own = centered[0] / self.temperature - student_sum.log()
+            sampled = torch.stack([own, gap / self.temperature - log_ratio])
         capped = torch.zeros_like(unclipped, dtype=torch.bool)
         if isinstance(self.clipping, TokenLevel):
             loss, count, capped = self.clipping.tokens(unclipped)
@@ -128,7 +132,7 @@ class Divergence:
         output = DivergenceOutput(
             loss, unclipped, count, entropies[0], entropies[1], agree, student_logprobs, teacher_logprobs
         )
-        return output, SavedForBackward(normalizers, dlogp_sum, capped, logprobs)
+        return output, SavedForBackward(normalizers, dlogp_sum, capped, sampled)
 
     def write_gradient(
         self, student: Tensor, teacher: Tensor | None, saved: SavedForBackward, weights: Tensor, out: Tensor

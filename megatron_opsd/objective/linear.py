@@ -79,6 +79,8 @@ def linear_loss(
         raise ValueError(f"hidden states must all be [n, h], not {' and '.join(str(tuple(x.shape)) for x in hidden)}")
     if teacher is not None and student_weight.shape[0] != teacher[1].shape[0]:
         raise ValueError(f"heads differ in rows: {student_weight.shape[0]} and {teacher[1].shape[0]}")
+    if (teacher is not None) != token_loss.needs_teacher:
+        raise ValueError(f"{token_loss} {'needs a' if token_loss.needs_teacher else 'has no use for a'} teacher")
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
     for name, values in tokens._asdict().items():

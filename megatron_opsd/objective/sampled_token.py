@@ -61,7 +61,8 @@ class SampledToken:
         self, student: Tensor, teacher: Tensor | None, tokens: Tokens, shard: VocabShard, vocab_size: int
     ) -> tuple[DivergenceOutput | PolicyOutput, Saved]:
         """Two all-reduces without a teacher, three with one."""
-        assert tokens.ids is not None
+        if tokens.ids is None or (self.importance_cap is not None and tokens.rollout_logprobs is None):
+            raise ValueError("a loss of sampled tokens needs their ids, and with importance_cap their rollout_logprobs")
         if teacher is None:
             policy = _measure_policy(student, tokens.ids, self.temperature, shard, vocab_size)
             advantages = torch.ones_like(policy.logprobs) if tokens.advantages is None else tokens.advantages
@@ -69,16 +70,17 @@ class SampledToken:
         else:
             divergence = Divergence("reverse_kl", temperature=self.temperature)
             values, measured = divergence.measure(student, teacher, tokens, shard, vocab_size)
-            assert measured.logprobs is not None
+            assert measured.sampled is not None
             assert values.student_logprobs is not None
             (maximum, _), (total, _), _ = measured.normalizers
-            logprobs, teacher_logprobs = measured.logprobs
+            logprobs, advantages = measured.sampled
             policy = _Policy(maximum, total, logprobs, values.student_logprobs, values.entropy_student)
-            advantages = teacher_logprobs - logprobs
         if self.importance_cap is not None:
             assert tokens.rollout_logprobs is not None
             ratio = (policy.unit_logprobs - tokens.rollout_logprobs).exp()
             advantages = advantages * ratio.clamp(max=self.importance_cap)
+        # An id outside the vocabulary has no gradient to be had either.
+        advantages = torch.where(policy.logprobs.isnan(), torch.nan, advantages).to(policy.logprobs.dtype)
         saved = Saved(policy.maximum, policy.total, advantages, tokens.ids - shard.start)
         return values._replace(loss=-advantages * policy.logprobs), saved
 

@@ -137,4 +137,4 @@ class SavedForBackward(NamedTuple):
     normalizers: Normalizers
     dlogp_sum: Tensor  # [n] G = Σ g over the whole vocabulary
     capped: Tensor  # [n] tokens whose loss a `token` clip holds constant
-    logprobs: Tensor | None = None  # [2, n] student's and teacher's of the sampled tokens, at the loss's temperature
+    sampled: Tensor | None = None  # [2, n] of the sampled tokens log p, and log q - log p, at the loss's temperature

@@ -38,8 +38,9 @@ def vocab_parallel_divergence(
     docs/numerics.md. Three all-reduces forward, none backward; none at all without a group or in a group of one.
 
     A logit of -inf is a probability of zero. The divergence is then infinite where KL is (forward: the student's alone
-    is zero; reverse: the teacher's alone) and its gradient is not finite, unless an ``entry`` or ``token`` clip holds
-    it; ``jsd`` stays finite. NaN logits of real tokens make that token's values NaN.
+    is zero; reverse: the teacher's alone), unless an ``entry`` or ``token`` clip holds it; ``jsd`` and ``skewed_kl``
+    stay finite. The gradient of an infinite reverse KL is not finite, that of a forward KL is. NaN logits of real
+    tokens make that token's values NaN.
 
     Raises ValueError for shapes that do not fit together or a vocabulary that does not fit its shards.
     """

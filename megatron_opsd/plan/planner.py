@@ -1,6 +1,6 @@
 """Plans a run: memory of every stage in every phase of a step, the shape of the batch and the sizes on disk."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
@@ -69,7 +69,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One of vLLM's ranks. ``kv_cache`` is what gpu_memory_utilization leaves for it, in bytes; may be negative."""
+    """One of vLLM's ranks; zeros where the run has none.
+
+    ``kv_cache`` is what gpu_memory_utilization leaves for it, in bytes; it may be negative.
+    """
 
     engines: int
     tensor_model_parallel_size: int
@@ -147,7 +150,8 @@ def make_plan(config: Config, cluster: Cluster) -> Plan:
         UserError: the model is unknown, or the layout or the batch does not fit the model or the number of ranks.
     """
     arch, is_published = find_architecture(config.model.path)
-    check_rollout_parallel(config, arch, cluster.world_size)
+    if config.needs_engine:
+        check_rollout_parallel(config, arch, cluster.world_size)
     check_parallel(config, arch, cluster.world_size)
     check_batch(config, cluster.world_size)
     layout, train = config.parallel, config.train
@@ -187,6 +191,8 @@ def make_plan(config: Config, cluster: Cluster) -> Plan:
 
 def _rollout(config: Config, arch: Architecture, cluster: Cluster, longest: int) -> Rollout:
     size = config.rollout.tensor_model_parallel_size
+    if not config.needs_engine:
+        return Rollout(0, size, 0, 0, 0, kv_cache_per_token=1, longest_sequence=0)
     weights, activations = formulas.vllm_weights(config, arch), formulas.vllm_activations(config, arch)
     budget = round(config.rollout.gpu_memory_utilization * cluster.gpu_memory)
     return Rollout(
@@ -246,8 +252,8 @@ def _phases(
     is_last = stage == len(layers) - 1
     b = batch.micro_batch_size
     student, teacher = b * batch.student_length, b * batch.teacher_length
-    responses = batch.global_batch_size // batch.data_parallel_size * config.rollout.max_response_tokens  # of a step
-    response = min(responses, student if config.train.packing else b * config.rollout.max_response_tokens)
+    responses = batch.global_batch_size // batch.data_parallel_size * formulas.longest_response(config)  # of a step
+    response = min(responses, student if config.train.packing else b * formulas.longest_response(config))
     gradients, states = {"gradients": kept.gradients}, {"optimizer states": kept.optimizer}
     optional = gradients | states
     training = {"student weights": kept.weights} | ({} if config.optim.placement == "offload" else optional)
@@ -259,8 +265,6 @@ def _phases(
         else {"teacher weights": kept.teacher, "teacher's average": kept.average}
     )
     after = always | ({"teacher's hidden states": cache} if config.teacher_kind else {})
-    if not config.needs_engine:
-        rollout = replace(rollout, weights=0, kv_cache=0, activations=0)
     phases: dict[str, dict[str, int]] = {
         "rollout": always
         | {

@@ -7,14 +7,13 @@ import psutil
 
 from megatron_opsd.config import Config
 from megatron_opsd.data.datasets import check_data
-from megatron_opsd.data.prompts import SEAM_TOKENS, PromptBuilder, build_prompts, max_model_len
+from megatron_opsd.data.prompts import ANSWER_TOKENS, SEAM_TOKENS, PromptBuilder, build_prompts, max_model_len
 from megatron_opsd.errors import UserError
 from megatron_opsd.reliability.run_dir import RunDir
 from megatron_opsd.types import Example
 from megatron_opsd.weights.architecture import Architecture, read_architecture
 
 VLLM_REMEDY = "the rollout engine: pip install 'megatron-opsd[cpu]' or 'megatron-opsd[gpu]'"
-ANSWER_TOKENS = 64  # as many as a final answer has, in reason
 KV_BYTES = {"bfloat16": 2, "float32": 4}
 
 
@@ -164,11 +163,10 @@ def check_lengths(config: Config, arch: Architecture, prompts: PromptBuilder, tr
     """Check the longest sequences against the model's positions."""
     longest = {"student": max_model_len(config, prompts)}
     data, nothing = config.data, Example(0, "", "", "")
-    if train and config.method.kind == "sft":
-        longest["student"] = (
-            len(prompts.student(nothing)) + data.max_problem_tokens + data.max_solution_tokens + SEAM_TOKENS
-        )
-    elif train and config.method.reads != "problem":
+    if train and not config.method.writes_rollouts:
+        written = len(prompts.student(nothing)) + data.max_problem_tokens + data.max_solution_tokens + SEAM_TOKENS
+        longest["student"] = max(longest["student"], written) if config.needs_engine else written
+    if train and config.teacher_kind and config.method.reads != "problem":
         solution = config.method.reads == "solution"
         prompt = prompts.teacher(nothing) if solution else prompts.teacher_with_answer(nothing)
         longest["teacher"] = (

@@ -91,6 +91,7 @@ def _facts(config: Config, plan: Plan) -> list[tuple[str, str]]:
     experts = f" (experts {layout.expert_model_parallel_size} x {batch.expert_data_parallel_size})"
     known = "; by its name, for lack of a config.json" if plan.is_published else ""
     teacher = " ".join(filter(None, (config.teacher_kind, config.teacher.placement))) if config.teacher_kind else "none"
+    teacher_length = f"{batch.teacher_length:,}" if batch.teacher_length else "none"
     host = f" to {_gib(plan.pinned_host_memory)} GiB of each node's host memory" if plan.pinned_host_memory else ""
     return [
         ("model", f"{plan.model}, {plan.total_parameters / 1e9:.2f} B parameters, {config.model.dtype}{known}"),
@@ -109,12 +110,18 @@ def _facts(config: Config, plan: Plan) -> list[tuple[str, str]]:
             f"{batch.global_batch_size} sequences: {batch.microbatches} micro-batches of {batch.micro_batch_size} on "
             f"each of {batch.data_parallel_size} data-parallel ranks",
         ),
-        ("lengths", f"up to {batch.student_length:,} tokens (student), {batch.teacher_length:,} (teacher)"),
-        (
-            "vLLM",
-            f"tensor {rollout.tensor_model_parallel_size} x {rollout.engines}, each with "
-            f"{-(-batch.global_batch_size // rollout.engines)} sequences a step and a KV cache for "
-            f"{rollout.kv_tokens // rollout.longest_sequence:,} of {rollout.longest_sequence:,} tokens",
+        ("lengths", f"up to {batch.student_length:,} tokens (student), {teacher_length} (teacher)"),
+        *(
+            []
+            if not config.needs_engine
+            else [
+                (
+                    "vLLM",
+                    f"tensor {rollout.tensor_model_parallel_size} x {rollout.engines}, each with "
+                    f"{-(-batch.global_batch_size // rollout.engines)} sequences a step and a KV cache for "
+                    f"{rollout.kv_tokens // rollout.longest_sequence:,} of {rollout.longest_sequence:,} tokens",
+                )
+            ]
         ),
         (
             "on disk",

@@ -259,7 +259,7 @@ def load(
     if progress.teacher != identity:
         raise UserError(
             f"{path}: was trained with the teacher {progress.teacher[:16]}, but this run's is {identity[:16]}; resume "
-            "with the model.path and the settings of [teacher] that the run started with"
+            "with the model.path, [method] and [teacher] that the run started with"
         )
     state: Any = dist_checkpointing.load(_state(model_chunks, optimizer, teacher, loading=True), str(path))
     _fill(model_chunks, state[_MODEL], _MODEL)

@@ -187,8 +187,9 @@ def _open_log(file: Path, start: int) -> TextIO:
 
 def _numbers(metrics: dict[str, float]) -> str:
     phases = " ".join(f"{name} {metrics[f'seconds_{name}']:.2f}" for name in Phase)
+    loss = f"{metrics['loss']:.4f}" if "loss" in metrics else "-"
     accuracy = f"  accuracy {metrics['accuracy']:.2f}" if "accuracy" in metrics else ""
     return (
-        f"loss {metrics.get('loss', math.nan):.4f}{accuracy}  grad {metrics['grad_norm']:.2f}  "
+        f"loss {loss}{accuracy}  grad {metrics['grad_norm']:.2f}  "
         f"{metrics['tokens_per_second']:.0f} tokens/s  {metrics['seconds_total']:.2f} s ({phases})"
     )

@@ -33,7 +33,7 @@ def learn_one_batch(folder: Path) -> None:
     fixed_batch.write(config, folder / "batch.jsonl")
     study = fixed_batch.Study(config, folder / "batch.jsonl")
     for divergence in [*RECOMMENDED, DRIVEN_AWAY]:
-        study.student.divergence = divergence
+        study.student.token_loss = divergence
         first, *_, last = fixed_batch.learn(study)
         what = f"{divergence}: from {first} to {last}"
         if divergence == DRIVEN_AWAY:  # so that this test can tell

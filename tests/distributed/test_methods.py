@@ -40,7 +40,7 @@ CASES: dict[str, dict[str, str]] = {
     "opsd-importance": {"method.loss": "sampled_token", "objective.importance_cap": "2.0"},
     "sft": SFT,
     "sft-evaluated": SFT | {"evaluate.interval": "1", "evaluate.limit": "8"},
-    "nothing-to-learn": {"method.train_on": '["unknown"]'},
+    "nothing-to-learn": {"method.train_on": '["right"]', "rollout.max_response_tokens": "2"},
 }
 
 

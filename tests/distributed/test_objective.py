@@ -18,6 +18,7 @@ from megatron_opsd.objective import (
     vocab_parallel_divergence,
 )
 from megatron_opsd.objective.reference import reference, reference_logprobs, reference_sampled_token
+from megatron_opsd.objective.vocab_shard import VocabShard
 from tests.distributed.harness import run_distributed
 from tests.unit.test_objective_reference import KINDS, SAMPLED_TOKEN, SPECS, name_of
 
@@ -113,6 +114,11 @@ def check_identical(kind: Any) -> None:
         out = vocab_parallel_divergence(mine, mine.detach(), spec, vocab_size=37, tp_group=dist.group.WORLD)
         (grad,) = torch.autograd.grad((out.loss * torch.arange(101)).sum(), mine)
         assert torch.count_nonzero(out.loss) == torch.count_nonzero(grad) == 0
+        tokens = Tokens(torch.ones(101), torch.arange(101) % 37)
+        shard = VocabShard.of(mine.shape[1], 37, dist.group.WORLD)
+        real = mine.detach()[:, : shard.width]
+        values, _ = SampledToken(1.1, "teacher").measure(real, real, tokens, shard, 37)
+        assert torch.count_nonzero(values.loss) == 0
 
 
 def check_ties() -> None:

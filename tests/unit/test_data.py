@@ -15,6 +15,7 @@ from megatron_opsd.config import DataConfig
 from megatron_opsd.data.datasets import (
     Dropped,
     check_data,
+    check_grades,
     drop_long,
     load_examples,
     read_examples,
@@ -22,7 +23,7 @@ from megatron_opsd.data.datasets import (
 )
 from megatron_opsd.data.sampler import Sampler
 from megatron_opsd.errors import UserError
-from megatron_opsd.types import Example
+from megatron_opsd.types import Example, Grade
 
 BASE = Path(__file__).parents[2] / "examples" / "arithmetic" / "base"
 ROWS = [
@@ -142,6 +143,17 @@ def test_rows_need_what_the_method_reads(tmp_path: Path) -> None:
     )
     for reads in ("answer", "solution"):
         assert "data.solution_column = 'solution'" in fail(lambda c, r=reads: check_data(c, reads=r), bare)
+
+
+def test_grades_that_no_response_can_get_are_refused() -> None:
+    answered, open_ended = Example(0, "1+1?", "", "2"), Example(1, "Draw it.", "", None)
+    check_grades([answered, open_ended], [Grade.RIGHT], "data.jsonl")
+    check_grades([open_ended], list(Grade), "data.jsonl")
+    for examples, grade in (([open_ended], Grade.RIGHT), ([answered], Grade.UNKNOWN)):
+        message = fail(lambda _, e=examples, g=grade: check_grades(e, [g], "data.jsonl"), DataConfig(path="unread"))
+        assert message.startswith(
+            f'method.train_on = ["{grade}"]: {examples == [answered]:d} of 1 problems of data.jsonl'
+        )
 
 
 def test_held_out_problems_need_answers_but_no_solutions(tmp_path: Path) -> None:

@@ -83,8 +83,8 @@ def test_no_mistakes(config: list[str], capsys: pytest.CaptureFixture[str]) -> N
         (["--method.kind", "sft", "--rollout.samples_per_prompt", "2"], ["samples nothing", "samples_per_prompt"]),
         (["--teacher.kind", "live", "--method.context", "nothing"], ["compares the student with itself"]),
         (["--teacher.kind", "live", "--teacher.placement", "offload"], ["no weights of its own", "teacher.placement"]),
-        (["--teacher.ema_decay", "1.0"], ["--teacher.ema_decay = 1.0", "less than 1"]),
-        (["--objective.importance_cap", "2.0"], ["importance_cap needs method.loss = 'sampled_token'"]),
+        (["--teacher.ema_decay", "1.0"], ["--teacher.ema_decay = 1.0", "less than or equal to 0.9999"]),
+        (["--objective.importance_cap", "2.0"], ["importance_cap needs method.loss = 'sampled_token'", "remove it"]),
         (
             ["--method.loss", "sampled_token", "--rollout.temperature", "1.1"],
             ["is biased", "rollout.temperature = 1.0", "allow_biased_sampling"],

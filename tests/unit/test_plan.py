@@ -20,9 +20,18 @@ from megatron.core.dist_checkpointing.mapping import apply_factories
 from torch import Tensor
 
 from megatron_opsd.cli import main
-from megatron_opsd.config import Config, OptimConfig, ParallelConfig, SftConfig, TeacherConfig
+from megatron_opsd.config import (
+    Config,
+    DataConfig,
+    OpsdConfig,
+    OptimConfig,
+    ParallelConfig,
+    PromptsConfig,
+    SftConfig,
+    TeacherConfig,
+)
 from megatron_opsd.config_file import load_config
-from megatron_opsd.data.prompts import build_prompts, max_model_len
+from megatron_opsd.data.prompts import ANSWER_TOKENS, build_prompts, max_model_len
 from megatron_opsd.methods.opsd import opsd_loss
 from megatron_opsd.model import gpt as model_module
 from megatron_opsd.model import parallel
@@ -233,6 +242,26 @@ def test_what_each_teacher_costs() -> None:
     assert plans["ema"].checkpoint / plans["frozen"].checkpoint == 18 / 14
     tuned = make_plan(config_of("Qwen3-32B", parallel=layout, method=SftConfig()), Cluster(1, 8, 80)).stages[0].phases
     assert not any("teacher" in name or "vLLM" in name for phase in Phase for name in tuned[phase])
+    small_share = {"method": SftConfig(), "rollout": {"gpu_memory_utilization": 0.01}}
+    assert make_plan(config_of("Qwen3-32B", parallel=layout, **small_share), Cluster(1, 8, 80)).fits
+
+
+def test_what_is_learned_from_decides_the_lengths() -> None:
+    prompts, data = PromptsConfig(), DataConfig(path="unread", max_solution_tokens=9000)
+    lengths = {
+        name: longest_sequences(config_of("Qwen3-32B", method=method, data=data))
+        for name, method in {
+            "opsd": OpsdConfig(),
+            "answer": OpsdConfig(context="answer"),
+            "nothing": OpsdConfig(context="nothing"),
+            "sft": SftConfig(),
+        }.items()
+    }
+    longer_template = len(prompts.answer_template) - len(prompts.student_template)
+    assert lengths["answer"].teacher == lengths["answer"].student + longer_template + ANSWER_TOKENS
+    assert lengths["opsd"].teacher > lengths["answer"].teacher + 9000 - ANSWER_TOKENS
+    assert lengths["nothing"].teacher == lengths["nothing"].student
+    assert (lengths["sft"].teacher, lengths["sft"].student) == (0, lengths["nothing"].student + 9000 - 1024)
 
 
 @pytest.mark.parametrize(

@@ -78,3 +78,27 @@ def test_without_advantages_it_is_the_log_likelihood() -> None:
 def test_values_outside_are_refused(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"^{field} must be .* not {value!r}$"):
         SampledToken(**{field: value})  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("distance", [1e-2, 1e-4])
+def test_advantages_stay_precise_where_the_models_are_close(distance: float) -> None:
+    tensors = [x.detach() for x in inputs(torch.float32)]
+    noise = torch.Generator().manual_seed(3)
+    tensors[2], tensors[3] = tensors[0], tensors[1] + distance * torch.randn(tensors[1].shape, generator=noise)
+    loss = SampledToken(1.3, "teacher")
+    (_, out), tokens = measure(loss, tensors)
+    logits = [tensors[i] @ tensors[i + 1][:VOCAB].t() for i in (0, 2)]  # in float32, as the loss sees them
+    wanted = reference_sampled_token(logits[0].double(), logits[1].double(), loss, tokens)["loss"]
+    assert (out.loss - wanted).norm() <= 2e-8 / distance * wanted.norm()
+
+
+def test_what_does_not_fit_the_loss_is_refused() -> None:
+    hidden, head, teacher_hidden, teacher_head, weights = inputs()
+    tokens, teacher = Tokens(weights, IDS), (teacher_hidden, teacher_head)
+    for loss, given, message in (
+        (SampledToken(1.0, "given"), teacher, "no use for a teacher"),
+        (SampledToken(1.0, "teacher"), None, "needs a teacher"),
+        (SampledToken(importance_cap=2.0), None, "rollout_logprobs"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            linear_loss(loss, hidden, head, tokens, given, vocab_size=VOCAB, tp_group=None)
