@@ -1,6 +1,7 @@
 """What leaves the GPU comes back as it was, its memory is free meanwhile, and vLLM wakes to the same answers."""
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -14,10 +15,10 @@ from megatron_opsd.data.prompts import build_prompts
 from megatron_opsd.data.sampler import Sampler
 from megatron_opsd.methods.opsd import opsd_loss
 from megatron_opsd.model import parallel
-from megatron_opsd.model.gpt import build_model
+from megatron_opsd.model.gpt import ModelChunks, build_model
 from megatron_opsd.model.optimizer import OptimizerStates, build_optimizer, build_schedule, optimizer_step
 from megatron_opsd.model.student import Student
-from megatron_opsd.model.teacher import FrozenTeacher
+from megatron_opsd.model.teacher import EmaTeacher, FrozenTeacher
 from megatron_opsd.reliability.run_dir import read_jsonl
 from megatron_opsd.rollout.engine import Sampling
 from megatron_opsd.rollout.refit import refit
@@ -46,11 +47,16 @@ class Parts:
         config = Config.model_validate(sections)
         layout = parallel.initialize(config.parallel, seed=1)
         arch = read_architecture(path)
-        models = [build_model(arch, config.model, config.parallel, layout.pg_collection) for _ in range(2)]
-        for model in models:
+
+        def build(dtype: str = "bfloat16") -> ModelChunks:
+            settings = config.model.model_copy(update={"dtype": dtype})
+            model = build_model(arch, settings, config.parallel, layout.pg_collection)
             load_hf(model, HFReader(path), NameTable(arch), layout.shard)
-        self.teacher = FrozenTeacher(models[0], "offload")
-        self.student = Student(models[1], layout, config, arch.vocab_size, opsd_loss(config))
+            return model
+
+        self.build = build
+        self.teacher = FrozenTeacher(build(), "offload")
+        self.student = Student(build(), layout, config, arch.vocab_size, opsd_loss(config))
         self.optimizer = build_optimizer(self.student, config.optim)
         self.schedule = build_schedule(self.optimizer, config.optim, steps=10)
         self.states = OptimizerStates(self.optimizer, config.optim)
@@ -138,6 +144,28 @@ def move_teacher(path: str) -> None:
         assert all(torch.equal(score, was) for score, was in zip(scores, parts.teacher_hidden, strict=True))
 
 
+def average_in_host_memory(path: str) -> None:
+    """An offloaded ema teacher scores as a resident one does, and only its weights of bfloat16 come to the device."""
+    parts = Parts(path)
+    placements: list[Literal["resident", "offload"]] = ["resident", "offload"]
+    resident, offloaded = (
+        EmaTeacher(parts.build(), placement, 0.9, lambda: parts.build("float32")) for placement in placements
+    )
+    average = offloaded.average()
+    assert average is not None
+    assert not any(parameter.is_cuda for parameter in average.parameters())
+    for _ in range(2):
+        parts.step()
+        resident.after_update(parts.student.model_chunks)
+        offloaded.offload()
+        offloaded.after_update(parts.student.model_chunks)
+        offloaded.load()
+        scores = [teacher.score(parts.microbatches) for teacher in (resident, offloaded)]
+        for one, other in zip(*scores, strict=True):  # a few weights may be rounded the other way
+            assert (one - other).norm() <= 1e-2 * other.norm()
+        assert not all(torch.equal(*pair) for pair in zip(scores[0], parts.teacher_hidden, strict=True))
+
+
 def free() -> int:
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
@@ -218,6 +246,10 @@ def test_gradients_are_freed_and_come_back(model: str) -> None:
 
 def test_the_teacher_scores_alike_after_its_return(model: str) -> None:
     run_distributed(move_teacher, 1, model)
+
+
+def test_an_average_stays_in_host_memory(model: str) -> None:
+    run_distributed(average_in_host_memory, 1, model)
 
 
 def test_a_run_ends_with_status_0(model: str, tmp_path: Path) -> None:
