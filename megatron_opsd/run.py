@@ -46,7 +46,9 @@ def train(config: Config) -> None:
     step = run.trainer.progress.step
     with MetricsWriter(config, run.trainer.prompts.tokenizer, step, enabled=layout.rank == 0) as writer:
         events.record("start", step=step, world_size=layout.world_size, layers=layers_in_use())
-        if step:
+        if step >= config.train.steps:
+            writer.say(f"train.steps = {config.train.steps} is reached: {step} steps are done; raise it to go on")
+        elif step:
             writer.say(f"going on after step {step}")
         interrupted_by = run.run_steps(writer)
     run.close(interrupted_by)
@@ -86,7 +88,7 @@ class Run:
         try:
             while True:
                 self.evaluate_if_due(writer)
-                if progress.step == self.config.train.steps:
+                if progress.step >= self.config.train.steps:
                     break
                 if parallel.any_rank(self.preemption.received):
                     interrupted_by = self.preemption.name

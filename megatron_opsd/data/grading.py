@@ -8,25 +8,39 @@ import signal
 import subprocess
 import sys
 import threading
+import unicodedata
+from fractions import Fraction
 from typing import Literal
 
 Method = Literal["math_verify", "exact"]
 
 SECONDS_PER_ANSWER = 5
 _MEMORY_LIMIT = 4 * 2**30  # bytes of address space for the process that compares
-_BOX = r"\boxed{"
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
+_BARE = re.compile(r"[-+]?[\w./,\\%]*\w")  # what follows a box without braces
 _GSM8K_ENDING = re.compile(r"####[ \t]*(\S.*?)\s*\Z")
+_VULGAR_FRACTION = re.compile("(?<=[0-9])(?=[\u00bc-\u00be\u2150-\u215e])")
+_THIN_SPACE = re.compile(r"\\[,!;:]|\{,\}|~")
+_FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{(\d+)\}|(\d))\s*(?:\{(\d+)\}|(\d))")
+_THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:[, ]\d{3})+(?:\.\d+)?")
+_DECIMAL = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,3})?")
+_MIXED = re.compile(r"([-+]?)(?:(\d+) )?(\d+)/(\d+)")
 
 
 def extract_answer(text: str) -> str | None:
-    r"""Return the content of the last `\boxed{...}`, braces inside it included, or None.
+    r"""Return the content of the last `\boxed{...}` or `\fbox{...}`, braces inside it included, or None.
 
-    A last box that is empty or never closed (a response cut off in the middle) gives None, not an earlier box.
+    The braces may be missing or stand apart: `\boxed 5`, `\boxed {5}`. A last box that is empty or never closed (a
+    response cut off in the middle) gives None, not an earlier box.
     """
-    start = text.rfind(_BOX)
-    if start < 0:
+    boxes = list(_BOX.finditer(text))
+    if not boxes:
         return None
-    start += len(_BOX)
+    start = boxes[-1].end()
+    if text[start : start + 1] != "{":
+        bare = _BARE.match(text, start)
+        return bare[0] if bare else None
+    start += 1
     depth, position = 1, start
     while position < len(text):
         char = text[position]
@@ -54,9 +68,10 @@ def reference_answer(solution: str) -> str | None:
 def is_correct(text: str, answer: str, method: Method = "math_verify") -> bool:
     r"""Whether the last `\boxed{...}` of a response holds the reference answer.
 
-    `exact` compares the characters, spaces and dollar signs aside. `math_verify` also accepts an equal value in
-    another form, such as `\frac{1}{2}` for `0.5`; a comparison that takes longer than `SECONDS_PER_ANSWER` counts as
-    wrong. May be called from any thread. Raises `RuntimeError` when math-verify cannot be started.
+    `exact` compares the characters; dollar signs, spaces other than between digits, and the width of characters do not
+    count. `math_verify` also accepts an equal value in another form, such as `\frac{1}{2}` for `0.5`; a comparison that
+    takes longer than `SECONDS_PER_ANSWER` counts as wrong. May be called from any thread. Raises `RuntimeError` when
+    math-verify cannot be started.
     """
     found = extract_answer(text)
     if found is None:
@@ -64,11 +79,34 @@ def is_correct(text: str, answer: str, method: Method = "math_verify") -> bool:
     found, answer = _strip(found), _strip(answer)
     if found == answer:
         return True
-    return method == "math_verify" and _comparer.same_value(found, answer)
+    if method == "exact":
+        return False
+    numbers = _number(found), _number(answer)
+    if None not in numbers:
+        return numbers[0] == numbers[1]
+    return _comparer.same_value(found, answer)
 
 
 def _strip(answer: str) -> str:
-    return "".join(answer.replace(r"\$", "").replace("$", "").split())
+    """Without what carries no meaning. A space between two digits does: 1 1/2 is not 11/2."""
+    spaced = _VULGAR_FRACTION.sub(" ", answer.replace(r"\$", "").replace("$", ""))
+    plain = unicodedata.normalize("NFKC", spaced).replace("\u2044", "/")
+    return re.sub(r"(?<![0-9])\s+|\s+(?![0-9\\])", "", " ".join(plain.split()))
+
+
+def _number(text: str) -> Fraction | None:
+    """A number in one of the ways in which people write it: 10,000, 10\\,000, 1e3, 1/2, a mixed number; else None."""
+    text = _THIN_SPACE.sub("", text)
+    text = _FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]}", text).strip()
+    if _THOUSANDS.fullmatch(text):
+        text = text.replace(",", "").replace(" ", "")
+    if _DECIMAL.fullmatch(text):
+        return Fraction(text)
+    mixed = _MIXED.fullmatch(" ".join(text.split()))
+    if not mixed or int(mixed[4]) == 0:
+        return None
+    size = int(mixed[2] or 0) + Fraction(int(mixed[3]), int(mixed[4]))
+    return -size if mixed[1] == "-" else size
 
 
 class _Comparer:

@@ -12,7 +12,7 @@ from megatron_opsd.reliability.run_dir import RunDir, read_jsonl
 from .command_line import arguments, write_problems
 from .engine import TransformersEngine
 from .harness import run_distributed
-from .runs import assert_equal_runs, tokens
+from .runs import assert_equal_runs, outcome, tokens
 
 SETTINGS = {
     "evaluate.interval": "0",
@@ -55,6 +55,9 @@ def all_runs(folder: str, files: dict[str, str]) -> None:
         resumed = {"logging.run_dir": str(run_dir / "resumed"), "checkpoint.save_interval": "0"}
         first = str(run_dir / "checkpoints" / "step_000001")
         cli.main(arguments("train", settings | resumed | {"checkpoint.resume": first}))
+    past = {"checkpoint.resume": "auto", "train.steps": "1", "checkpoint.keep_last": "1"}
+    run_dir = {"logging.run_dir": str(Path(folder) / "sft")}
+    cli.main(arguments("train", SETTINGS | files | SFT | past | run_dir))
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +79,14 @@ def test_trains_and_resumes_bit_for_bit(folder: Path, name: str) -> None:
         return
     for line in (first, second):  # a teacher that sees what the student sees has nothing to teach
         assert (line["grad_norm"] > 0) == (name != "opsd-nothing")
+
+
+def test_a_run_past_its_last_step_ends_at_once(folder: Path) -> None:
+    """Resumed with fewer steps than are done: nothing is trained, and nothing is removed."""
+    run_dir = folder / "sft"
+    assert [line["step"] for line in read_jsonl(run_dir / "metrics.jsonl")] == [1, 2]
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step_000001", "step_000002"]
+    assert outcome(run_dir) == "finished"
 
 
 def test_what_a_method_logs(folder: Path) -> None:

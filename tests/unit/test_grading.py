@@ -26,6 +26,17 @@ ROOT = Path(__file__).parents[2]
         (r"\boxed{ 7 }", "7"),
         (r"\boxed{}", None),
         (r"\boxed{1} and then \boxed{2", None),
+        (r"\boxed {5}", "5"),
+        ("\\boxed\n{5}", "5"),
+        (r"it is \boxed 5.", "5"),
+        (r"\boxed 72, so", "72"),
+        (r"\boxed -1/2", "-1/2"),
+        (r"$\boxed 3$", "3"),
+        (r"\fbox{5}", "5"),
+        (r"\boxed{1} or \fbox{2}", "2"),
+        (r"\boxedtext{1}", None),
+        (r"\boxed", None),
+        (r"\boxed $", None),
         ("no box", None),
         ("", None),
     ],
@@ -53,7 +64,25 @@ def test_reference_answer(solution: str, answer: str | None) -> None:
     ("found", "answer", "exact", "math_verify"),
     [
         ("632", "632", True, True),
-        ("6 32", "$632$", True, True),
+        (" 632 ", "$632$", True, True),
+        ("x + 1", "x+1", True, True),
+        ("6 32", "632", False, False),
+        ("1 1/2", "11/2", False, False),
+        ("1 1/2", "3/2", False, True),
+        (r"1\frac{1}{2}", "1.5", False, True),
+        (r"-2 \tfrac14", "-2.25", False, True),
+        ("1½", "3/2", False, True),
+        ("½", "1/2", True, True),
+        ("７２", "72", True, True),
+        (r"10\,000", "10000", False, True),
+        ("10{,}000", "10,000", False, True),
+        ("10 000", "10000", False, True),
+        ("1,00", "100", False, False),
+        ("1e3", "1000", False, True),
+        ("2.50", "2.5", False, True),
+        ("-.5", "-1/2", False, True),
+        ("1/0", "1", False, False),
+        ("1e999999999", "1", False, False),
         (r"\$12", "12", True, True),
         (r"\frac{1}{2}", "0.5", False, True),
         ("1,000", "1000", False, True),
@@ -81,7 +110,7 @@ def test_math_verify_works_in_many_threads() -> None:
 
     def compare(number: int) -> None:
         results[number] = is_correct(
-            rf"\boxed{{\frac{{{2 * number}}}{{2}}}}", str(number if number % 2 else number + 1)
+            rf"\boxed{{\frac{{{2 * number}x}}{{2x}}}}", str(number if number % 2 else number + 1)
         )
 
     threads = [threading.Thread(target=compare, args=(number,)) for number in range(8)]
@@ -103,7 +132,7 @@ def test_a_comparer_that_cannot_start_is_an_error_not_a_wrong_answer(monkeypatch
     monkeypatch.setattr(grading, "_comparer", grading._Comparer())
     monkeypatch.setattr(grading, "__file__", "/nowhere/grading.py")
     with pytest.raises(RuntimeError, match="status 2"):
-        is_correct(r"\boxed{1/2}", "0.5")
+        is_correct(r"\boxed{2^2}", "4")
 
 
 def test_grading_loads_no_sympy_in_the_training_process() -> None:
