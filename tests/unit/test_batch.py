@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_opsd.data.batch import SIDES, Batch, Microbatch, Sample, padding_share, split
+from megatron_opsd.data.batch import SIDES, Batch, Microbatch, Sample, fill_up, padding_share, split
 from megatron_opsd.types import Rollout
 
 
@@ -142,3 +142,20 @@ def test_padding_of_a_packed_row_comes_in_pieces_no_longer_than_its_sequences() 
     alone = microbatches(Batch([long] * 2 + [short], one_length=True, packing=True), 2)[1]
     assert alone.student.boundaries is not None
     assert alone.student.boundaries.tolist() == [0, 2, 4, 6, 8, 10, 12, 14, 16, 18]
+
+
+@pytest.mark.parametrize("normalization", ["token", "sequence"])
+@pytest.mark.parametrize("packing", [False, True])
+def test_fill_is_read_but_not_learned_from(normalization: str, packing: bool) -> None:
+    """Neither its tokens nor its sequences count, and there is no more of it than the layout needs."""
+    assert fill_up(SAMPLES, 2) == SAMPLES
+    filled = fill_up(SAMPLES[:3], 4)
+    assert [x.is_fill for x in filled] == [False, False, False, True]
+    assert filled[3].rollout == SAMPLES[1].rollout  # the shortest
+    (plain,) = microbatches(Batch(SAMPLES[:3]), 3, normalization=normalization)
+    batch = Batch(filled, packing=packing)
+    found = [micro for rank in range(2) for micro in microbatches(batch, 2, Group(rank, 2), normalization)]
+    assert sum(micro.count for micro in found) == plain.count
+    tokens = sorted(token for micro in found for token in micro.response_ids.tolist())
+    assert tokens == sorted(plain.response_ids.tolist())
+    assert all(len(micro.token_weights) == len(micro.advantages) == len(micro.response_ids) for micro in found)
