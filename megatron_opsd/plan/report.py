@@ -103,7 +103,7 @@ def _facts(config: Config, plan: Plan) -> list[tuple[str, str]]:
         ),
         (
             "memory",
-            f"recompute {config.model.recompute}, {teacher}, optimizer {config.optim.placement}{host}",
+            f"recompute {config.model.recompute}, teacher {teacher}, optimizer {config.optim.placement}{host}",
         ),
         (
             "step",
