@@ -79,7 +79,7 @@ class SampledToken:
             assert tokens.rollout_logprobs is not None
             ratio = (policy.unit_logprobs - tokens.rollout_logprobs).exp()
             advantages = advantages * ratio.clamp(max=self.importance_cap)
-        # An id outside the vocabulary has no gradient to be had either.
+        # An id outside the vocabulary makes the gradient NaN too, not only the loss.
         advantages = torch.where(policy.logprobs.isnan(), torch.nan, advantages).to(policy.logprobs.dtype)
         saved = Saved(policy.maximum, policy.total, advantages, tokens.ids - shard.start)
         return values._replace(loss=-advantages * policy.logprobs), saved

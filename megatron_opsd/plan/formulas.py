@@ -52,9 +52,7 @@ def longest_sequences(config: Config) -> Lengths:
         words = len(template.encode()) + len(prompts.teacher_prefix.encode()) + CHAT_TOKENS
         shown = data.max_solution_tokens if shows_solution else ANSWER_TOKENS
         teacher = words + data.max_problem_tokens + shown + response
-    if (
-        config.train.packing and teacher
-    ):  # a row is sized for the longest sequence of either side, and short ones may fill it
+    if config.train.packing and teacher:  # a row has room for the longest sequence of either side
         student = teacher = max(student, teacher)
     student, teacher = (-(-length // multiple) * multiple for length in (student, teacher))
     return Lengths(student, teacher, longest)
