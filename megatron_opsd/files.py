@@ -1,0 +1,114 @@
+"""Files that other people and programs wrote. Every fault in one is a line that names the file and the place in it."""
+
+import codecs
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from megatron_opsd.errors import UserError
+
+S = TypeVar("S", bound=BaseModel)
+
+# A byte order mark of UTF-32 starts with one of UTF-16: the longer ones first.
+_OTHER_ENCODINGS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+_LONGEST_EXCERPT = 80  # characters of a wrong value that an error shows
+
+
+def read_bytes(file: Path, remedy: str = "correct the path") -> bytes:
+    """The contents of a file.
+
+    Raises:
+        UserError: there is no such file, it is a folder, or it may not be read.
+    """
+    try:
+        return file.read_bytes()
+    except IsADirectoryError:
+        raise UserError(f"{file}: is a folder, and a file is needed; {remedy}") from None
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; {remedy}") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); {remedy}") from None
+
+
+def read_text(file: Path, remedy: str = "correct the path") -> str:
+    """A text file; a byte order mark of UTF-8 is dropped.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8.
+    """
+    return decode(read_bytes(file, remedy), str(file))
+
+
+def decode(data: bytes, place: str) -> str:
+    """UTF-8 as text. ``place``: what an error names.
+
+    Raises:
+        UserError: it is something else.
+    """
+    for mark, encoding in _OTHER_ENCODINGS.items():
+        if data.startswith(mark):
+            raise UserError(f"{place}: is {encoding}; save it as UTF-8")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{place}: is not UTF-8 (byte {data[error.start]:#04x} in line {line}); save it as UTF-8"
+        ) from None
+
+
+def parse_json(text: str, place: str) -> Any:
+    """JSON as Python's values.
+
+    Raises:
+        UserError: it is none, or nested too deeply for Python.
+    """
+    if not text.strip():
+        raise UserError(f"{place}: is empty; it must hold JSON")
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise UserError(f"{place}: not valid JSON (nested too deeply); correct it") from None
+    except ValueError as error:
+        raise UserError(f"{place}: not valid JSON ({error}); correct it") from None
+
+
+def read_json(file: Path, schema: type[S], remedy: str) -> S:
+    """A JSON file of a model, checked against ``schema``. ``remedy``: what to do where the file is broken.
+
+    Raises:
+        UserError: names the file and, where there is one, the key, its value and what it must be.
+    """
+    data = read_bytes(file, remedy)
+    if data.startswith(codecs.BOM_UTF8):  # transformers and vLLM would fail at it
+        raise UserError(f"{file}: starts with a byte order mark, which no other program reads; save it without")
+    try:
+        return schema.model_validate(parse_json(decode(data, str(file)), str(file)))
+    except ValidationError as error:
+        raise UserError(f"{file}: {explain(error)}; {remedy}") from None
+
+
+def explain(error: ValidationError) -> str:
+    """The first fault that pydantic has found: key, value, and what it must be."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "missing":
+        return f"the key {key} is missing"
+    if first["type"] == "value_error":  # a validator's, which names the key itself
+        return str(first.get("ctx", {})["error"])
+    if not key:
+        return f"must be a JSON object, this is {type(first['input']).__name__}"
+    return f"{key} = {excerpt(first['input'])}: {first['msg']}"
+
+
+def excerpt(value: Any) -> str:
+    """A value as an error shows it: not longer than a line."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_EXCERPT else f"{text[:_LONGEST_EXCERPT]}..."
