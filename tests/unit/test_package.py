@@ -16,7 +16,7 @@ PACKAGE = Path(megatron_opsd.__file__).parent
 
 # The rooms of docs/architecture.md. A module imports only from its own room and from those before it.
 ROOMS = [
-    ["errors", "types", "events", "config", "config_file"],
+    ["errors", "types", "events", "files", "config", "config_file"],
     ["data", "objective", "weights"],
     ["compat"],
     ["model"],
@@ -187,5 +187,5 @@ def test_missing_file_and_missing_key(tmp_path: Path, capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit, match="2"):
         main(["check", str(file)])
     first, second = capsys.readouterr().err.splitlines()
-    assert first == f"opsd: {file}: cannot read the configuration (No such file or directory)"
+    assert first == f"opsd: {file}: no such file; name the configuration of a run"
     assert second.startswith(f"opsd: {file}: data.path: missing")
