@@ -1,7 +1,6 @@
 """The command line: ``opsd``, or ``python -m megatron_opsd`` under torchrun."""
 
 import argparse
-import contextlib
 import difflib
 import os
 import signal
@@ -88,8 +87,7 @@ def _train(config: Config, _: argparse.Namespace) -> None:
         train(config)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
-            with contextlib.suppress(OSError):  # the mistake may be that there is no such folder
-                RunDir(config.logging.run_dir).write_outcome("stopped", str(error))
+            RunDir(config.logging.run_dir).write_mistake(str(error))
         raise
 
 

@@ -64,7 +64,7 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    path: str
+    path: Annotated[str, Field(min_length=1)]
     """Hugging Face directory of the model: config.json, safetensors, tokenizer. Student and teacher start here."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the parameters and activations. Gradients and optimizer states are float32 either way."""
@@ -146,7 +146,7 @@ class ParallelConfig(Section):
 
 
 class DataConfig(Section):
-    path: str
+    path: Annotated[str, Field(min_length=1)]
     """JSONL, JSON or parquet file, or a dataset's id on the Hugging Face hub."""
     subset: str | None = None
     """Configuration of a dataset from the hub, such as `main` of openai/gsm8k."""
@@ -309,6 +309,9 @@ class CheckpointConfig(Section):
     for the save is given up."""
     resume: str = "never"
     """`never`, `auto` (the newest complete checkpoint of the run directory, if any) or a checkpoint's directory."""
+    allow_changes: bool = False
+    """Go on although [method], [teacher], [prompts], [objective], train.seed, the data or the model have changed since
+    the checkpoint. Changed data, or another seed, begin a new order of the problems."""
     export_hf: bool = True
     """Write the trained model as a Hugging Face directory at the end."""
 
@@ -352,7 +355,7 @@ class TimeoutsConfig(Section):
 
 
 class LoggingConfig(Section):
-    run_dir: str = "runs/opsd"
+    run_dir: Annotated[str, Field(min_length=1)] = "runs/opsd"
     """Folder for the resolved config, metrics, logs, rollouts, checkpoints and the exported model."""
     tensorboard: bool = True
     """Also write TensorBoard events."""

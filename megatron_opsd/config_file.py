@@ -104,6 +104,19 @@ def _explain(error: ValidationError, path: str, overrides: dict[str, str]) -> st
     return f"{where} = {first['input']!r}: {first['msg']}"
 
 
+def with_absolute_paths(config: Config) -> Config:
+    """The configuration with the paths of what is on this machine from its root, for readers in other folders."""
+
+    def absolute(path: str) -> str:
+        return str(Path(path).absolute()) if Path(path).exists() else path  # else it is a dataset's id on the hub
+
+    raw = config.model_dump()
+    for section in filter(None, (raw["model"], raw["data"], raw["evaluate"]["data"])):
+        section["path"] = absolute(section["path"])
+    raw["logging"]["run_dir"] = absolute(raw["logging"]["run_dir"])
+    return Config.model_validate(raw)
+
+
 def dump_toml(config: Config) -> str:
     """The resolved configuration as TOML that :func:`load_config` reads back to the same values.
 

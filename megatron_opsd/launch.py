@@ -113,8 +113,7 @@ def _leave(run_dir: Path, error: BaseException | None, message: str = "") -> NoR
         if message:
             print(message, file=sys.stderr, flush=True)
         if "RANK" in os.environ:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            RunDir(run_dir).write_outcome("stopped", str(error or "a mistake in the command line"))
+            RunDir(run_dir).write_mistake(str(error or "a mistake in the command line"))
     elif message:
         time.sleep(3)  # torchrun ends local rank 0 when another one has left: not before it has spoken
     sys.exit(2)

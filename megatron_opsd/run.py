@@ -17,10 +17,12 @@ from megatron_opsd.errors import RunStoppedError, StepAbortedError, UserError
 from megatron_opsd.evaluate import evaluate
 from megatron_opsd.model import parallel
 from megatron_opsd.model.gpt import layers_in_use
-from megatron_opsd.reliability import checkpoint
+from megatron_opsd.model.parallel import on_rank_0
+from megatron_opsd.reliability import checkpoint, resume
 from megatron_opsd.reliability.guards import Guards
 from megatron_opsd.reliability.preemption import PreemptionHandler
 from megatron_opsd.reliability.run_dir import RunDir
+from megatron_opsd.reliability.run_lock import RunLock
 from megatron_opsd.reliability.watchdog import Watchdog
 from megatron_opsd.rollout.engine import NoServerLeftError
 from megatron_opsd.telemetry.metrics import Clock, MetricsWriter, is_due, start_logging
@@ -36,23 +38,51 @@ def train(config: Config) -> None:
     layout = parallel.initialize(config.parallel, config.train.seed)
     preemption = PreemptionHandler(config.checkpoint.signal_lead_seconds)
     run_dir = RunDir(config.logging.run_dir)
+    lock = RunLock(run_dir.path)
+    on_rank_0(lambda: take(run_dir, lock))
+    try:
+        if not end_if_done(config, run_dir):
+            run_to_end(config, layout, run_dir, preemption)
+    finally:
+        if layout.rank == 0:
+            lock.release()
+    parallel.finalize()
+
+
+def take(run_dir: RunDir, lock: RunLock) -> None:
+    """Make this run the folder's only one, and forget how an earlier start ended."""
+    run_dir.prepare()
+    lock.acquire(partial(print, flush=True))
+    run_dir.outcome.unlink(missing_ok=True)
+
+
+def end_if_done(config: Config, run_dir: RunDir) -> bool:
+    """Whether there is nothing to do, which then is the outcome. All ranks call this."""
+    step = on_rank_0(lambda: resume.is_done(config))
+    if step is None:
+        return False
+    if dist.get_rank() == 0:
+        said = f"train.steps = {config.train.steps} is reached: {step} steps are done; raise it to go on"
+        print(said, flush=True)
+        run_dir.write_outcome("finished", f"all steps are done, after step {step}")
+    return True
+
+
+def run_to_end(config: Config, layout: parallel.Layout, run_dir: RunDir, preemption: PreemptionHandler) -> None:
+    """A start of the run: everything from loading to the outcome."""
     if layout.rank == 0:
-        run_dir.prepare()
         ranks = f"{layout.world_size} ranks, {layers_in_use()} layers"
         print(f"loading {config.model.path} on {ranks}; messages go to {run_dir.logs}", flush=True)
-    dist.barrier()
     start_logging(run_dir, layout.rank)
     run = Run(config, layout, run_dir, preemption)
     step = run.trainer.progress.step
     with MetricsWriter(config, run.trainer.prompts.tokenizer, step, enabled=layout.rank == 0) as writer:
         events.record("start", step=step, world_size=layout.world_size, layers=layers_in_use())
-        if step >= config.train.steps:
-            writer.say(f"train.steps = {config.train.steps} is reached: {step} steps are done; raise it to go on")
-        elif step:
+        if step:
             writer.say(f"going on after step {step}")
+        writer.warn([f"changed since the checkpoint: {change}" for change in run.changes])
         interrupted_by = run.run_steps(writer)
     run.close(interrupted_by)
-    parallel.finalize()
 
 
 class Run:
@@ -62,6 +92,7 @@ class Run:
         self.config, self.layout, self.run_dir, self.preemption = config, layout, run_dir, preemption
         self.watchdog = Watchdog(config.timeouts, preemption)  # it also watches over what follows
         # First what may be a user's mistake, then what takes minutes.
+        self.changes = on_rank_0(lambda: resume.check(config))
         resume_from = checkpoint.find(run_dir, config.checkpoint.resume)
         self.checkpoints = checkpoint.Checkpoints(run_dir, config.checkpoint)
         prompts = build_prompts(config)

@@ -11,7 +11,7 @@ from megatron_opsd.data.batch import Batch, Sample, fill_up, padding_share, spli
 from megatron_opsd.data.prompts import PromptBuilder, max_model_len
 from megatron_opsd.data.sampler import Sampler
 from megatron_opsd.device_memory import DeviceMemory
-from megatron_opsd.errors import StepAbortedError
+from megatron_opsd.errors import StepAbortedError, UserError
 from megatron_opsd.methods import build_method
 from megatron_opsd.model import parallel
 from megatron_opsd.model.gpt import ModelChunks, build_model
@@ -19,6 +19,7 @@ from megatron_opsd.model.optimizer import OptimizerStates, build_optimizer, buil
 from megatron_opsd.model.student import Student
 from megatron_opsd.model.teacher import EmaTeacher, FrozenTeacher, LiveTeacher, Teacher
 from megatron_opsd.reliability import checkpoint
+from megatron_opsd.reliability.resume import meaning, read_progress
 from megatron_opsd.rollout import build_engine
 from megatron_opsd.rollout.engine import NoEngine, sample_seed
 from megatron_opsd.rollout.refit import check_logprob_gap, refit
@@ -52,7 +53,7 @@ class Trainer:
         self.engine_version = -1  # of the weights that the engine holds
         self.method = build_method(config, prompts, sampler, self.engine)
         # The teacher before the student: where it is offloaded, the two are never on the device together.
-        self.progress = Progress(config.teacher_kind or "none", sampler.state_dict())
+        self.progress = Progress(config.teacher_kind or "none", sampler.state_dict(), meaning=meaning(config))
         self.teacher = self._own_teacher(reader) if self.method.loss.needs_teacher else None
         self.student = Student(self._load_model(reader), layout, config, self.table.arch.vocab_size, self.method.loss)
         if self.method.loss.needs_teacher and self.teacher is None:
@@ -183,10 +184,17 @@ class Trainer:
         return Exporter(model, self.table, layout.tp_group, layout.pp_group, layout.ep_group, bucket_bytes)
 
     def _resume(self, path: Path) -> None:
-        self.progress = checkpoint.load(
-            path, self.student.model_chunks, self.optimizer, self.teacher, self.progress.teacher
-        )
-        self.sampler.load_state_dict(self.progress.sampler)
+        now, self.progress = self.progress, read_progress(path)
+        if self.config.checkpoint.allow_changes:
+            self.progress.teacher, self.progress.meaning = now.teacher, now.meaning
+        elif self.progress.teacher != now.teacher:
+            raise UserError(
+                f"{path}: was trained with the teacher {self.progress.teacher[:16]}, but this run's is "
+                f"{now.teacher[:16]}; resume with the model.path that the run started with, or with "
+                "--checkpoint.allow_changes true"
+            )
+        self.sampler.load_state_dict(self.progress.sampler, self.config.checkpoint.allow_changes)
+        checkpoint.load(path, self.student.model_chunks, self.optimizer, self.teacher)
         self.schedule.step(self.progress.step)
 
     def _build_batch(self, samples: list[Sample]) -> Batch:

@@ -98,6 +98,7 @@ class Progress:
     step: how many are done, which is also the version of the student's weights.
     evaluated_step: that of the last evaluation; -1 for none.
     guards: their state.
+    meaning: the settings that make it this training, by their dotted names.
     """
 
     teacher: str
@@ -105,3 +106,4 @@ class Progress:
     step: int = 0
     evaluated_step: int = -1
     guards: dict[str, Any] = field(default_factory=dict)
+    meaning: dict[str, Any] = field(default_factory=dict)

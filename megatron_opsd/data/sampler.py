@@ -27,7 +27,7 @@ class Sampler:
 
     @property
     def digest(self) -> str:
-        """Identifies the problems and solutions, in their order."""
+        """Identifies the problems, solutions and answers, in their order."""
         return self._digest
 
     def next_batch(self, size: int) -> list[Example]:
@@ -45,13 +45,18 @@ class Sampler:
         """The sampler's position, and what identifies its data, as plain JSON values."""
         return {"epoch": self._epoch, "position": self._position, **self._identity()}
 
-    def load_state_dict(self, state: Mapping[str, int | str]) -> None:
-        """Go on from where a sampler over the same data stood. Raises `UserError` for other data or another seed."""
+    def load_state_dict(self, state: Mapping[str, int | str], allow_changes: bool = False) -> None:
+        """Go on from where a sampler over the same data stood.
+
+        Raises `UserError` for other data or another seed; with ``allow_changes`` their order begins instead.
+        """
         for name, now in self._identity().items():
+            if state[name] != now and allow_changes:
+                return
             if state[name] != now:
                 raise UserError(
-                    f"cannot resume: the checkpoint's sampler had {name} {state[name]}, this run has {now}; "
-                    "use the first run's data, limits and seed, or start a new run directory"
+                    f"cannot resume: the checkpoint's sampler had {name} {state[name]}, this run has {now}; use the "
+                    "first start's data, limits and seed, another --logging.run_dir, or --checkpoint.allow_changes true"
                 )
         self._start_epoch(int(state["epoch"]))
         self._position = int(state["position"])
@@ -69,5 +74,5 @@ class Sampler:
 def _digest(examples: Sequence[Example]) -> str:
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(json.dumps([example.problem, example.solution]).encode())
+        digest.update(json.dumps([example.problem, example.solution, example.answer]).encode())
     return digest.hexdigest()[:16]

@@ -3,10 +3,11 @@
 import os
 import random
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ if not torch.cuda.is_available():
 
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,26 @@ def any_rank(flag: bool) -> bool:
     flags = torch.tensor([flag], dtype=torch.int32, device=device())
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     return bool(flags)
+
+
+def on_rank_0(action: Callable[[], T]) -> T:
+    """Rank 0's result on all ranks, because a file system may show the others an older state.
+
+    Raises:
+        UserError: on all ranks, if the file system or ``action`` raised an error.
+    """
+    found: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            found = [action(), None]
+        except UserError as error:
+            found = [None, error]
+        except OSError as error:
+            found = [None, UserError(str(error))]
+    dist.broadcast_object_list(found)
+    if found[1] is not None:
+        raise found[1]
+    return found[0]
 
 
 def seed_everything(seed: int) -> None:

@@ -9,6 +9,7 @@ from megatron_opsd.config import Config
 from megatron_opsd.data.datasets import check_data
 from megatron_opsd.data.prompts import ANSWER_TOKENS, SEAM_TOKENS, PromptBuilder, build_prompts, max_model_len
 from megatron_opsd.errors import UserError
+from megatron_opsd.reliability import resume
 from megatron_opsd.reliability.run_dir import RunDir
 from megatron_opsd.types import Example
 from megatron_opsd.weights.architecture import Architecture, read_architecture
@@ -46,6 +47,8 @@ def check(config: Config, world_size: int | None, train: bool = True) -> None:
     if colocated:
         check_kv_cache(config, arch, max_model_len(config, prompts))
     RunDir(config.logging.run_dir).check()
+    if train:
+        resume.check(config)
 
 
 def check_server(config: Config) -> None:

@@ -33,9 +33,11 @@ from megatron_opsd.compat.megatron_internals import report_through
 from megatron_opsd.config import CheckpointConfig
 from megatron_opsd.errors import UserError
 from megatron_opsd.model.gpt import ModelChunks
+from megatron_opsd.model.parallel import on_rank_0
 from megatron_opsd.model.teacher import Teacher
 from megatron_opsd.reliability import pickles
 from megatron_opsd.reliability.preemption import serve_parent
+from megatron_opsd.reliability.resume import PROGRESS, choose, complete_ones, read_progress
 from megatron_opsd.reliability.run_dir import RunDir
 from megatron_opsd.types import Progress
 
@@ -48,7 +50,7 @@ _OPTIMIZER_FORMAT = {
     "distrib_optim_fully_reshardable_mem_efficient": True,
 }
 _MODEL, _TEACHER = "model.", "teacher."
-_PROGRESS, _CHECKSUMS = "progress.json", "checksums.json"
+_CHECKSUMS = "checksums.json"
 
 
 class Checkpoints:
@@ -62,7 +64,7 @@ class Checkpoints:
         self.saved_step = 0  # step of the newest complete checkpoint; 0 for none
         self.seconds = math.inf  # duration of the last save, from its start to its last byte; inf while unknown
         if dist.get_rank() == 0:
-            for leftover in self._folder.glob(".*"):  # from a run that was killed
+            for leftover in self._folder.glob(".step_*"):  # from a start that was killed: the folder is this run's
                 shutil.rmtree(leftover, ignore_errors=True)
         dist.barrier()
 
@@ -134,7 +136,7 @@ class Checkpoints:
                 raise OSError(f"the writer of {file.name} did not get to its end")
             checksums.setdefault(file.name, file_checksum(file))
         (staging / _CHECKSUMS).write_text(json.dumps(checksums))
-        (staging / _PROGRESS).write_text(json.dumps(asdict(progress)))
+        (staging / PROGRESS).write_text(json.dumps(asdict(progress)))
         target = self._folder / f"step_{progress.step:06d}"
         shutil.rmtree(target, ignore_errors=True)
         staging.rename(target)
@@ -143,7 +145,7 @@ class Checkpoints:
 
     def _remove_old(self, keep: int | None) -> None:
         last, every = self._config.keep_last, self._config.keep_every
-        complete = sorted(_complete_ones(self._folder))
+        complete = sorted(complete_ones(self._folder))
         for path in complete[:-last] if last else []:
             step = read_progress(path).step
             if step != keep and not (every and step % every == 0):
@@ -152,7 +154,7 @@ class Checkpoints:
 
     def _on_rank_0(self, action: Callable[[], T]) -> T:
         try:
-            return _on_rank_0(action)
+            return on_rank_0(action)
         except UserError as refused:
             raise self._failed(str(refused)) from None
 
@@ -186,24 +188,6 @@ class _Writer:
         with contextlib.suppress(OSError):  # a full disk: Megatron reports its own error, or _name misses this file
             part = {"seconds": time.monotonic() - self.start, "checksums": checksums}
             (self.staging / f"{self.rank}.part").write_text(json.dumps(part))
-
-
-def _on_rank_0(action: Callable[[], T]) -> T:
-    """Rank 0's result on all ranks, because a file system may show the others an older state.
-
-    Raises:
-        UserError: on all ranks, if the file system or ``action`` raised an error.
-    """
-    found: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            found = [action(), None]
-        except (OSError, UserError) as error:
-            found = [None, str(error)]
-    dist.broadcast_object_list(found)
-    if found[1] is not None:
-        raise UserError(found[1])
-    return found[0]
 
 
 def _start_results_queue() -> None:
@@ -245,29 +229,14 @@ def damage(path: Path) -> list[str]:
     return list(dict.fromkeys(line for part in gathered for line in part))
 
 
-def load(
-    path: Path, model_chunks: ModelChunks, optimizer: MegatronOptimizer, teacher: Teacher | None, identity: str
-) -> Progress:
-    """Load student, optimizer and an ema teacher's average from a checkpoint written by any layout.
-
-    identity: of this run's teacher, see ``Progress``.
-
-    Raises:
-        UserError: the checkpoint has another teacher than this run.
-    """
-    progress = read_progress(path)
-    if progress.teacher != identity:
-        raise UserError(
-            f"{path}: was trained with the teacher {progress.teacher[:16]}, but this run's is {identity[:16]}; resume "
-            "with the model.path, [method] and [teacher] that the run started with"
-        )
+def load(path: Path, model_chunks: ModelChunks, optimizer: MegatronOptimizer, teacher: Teacher | None) -> None:
+    """Load student, optimizer and an ema teacher's average from a checkpoint written by any layout."""
     state: Any = dist_checkpointing.load(_state(model_chunks, optimizer, teacher, loading=True), str(path))
     _fill(model_chunks, state[_MODEL], _MODEL)
     if teacher and (average := teacher.average()):
         _fill(average, state[_TEACHER], _TEACHER)
         teacher.publish()
     optimizer.load_state_dict(state["optimizer"])
-    return progress
 
 
 def _fill(model_chunks: ModelChunks, states: list[dict[str, Any]], prefix: str) -> None:
@@ -276,13 +245,6 @@ def _fill(model_chunks: ModelChunks, states: list[dict[str, Any]], prefix: str) 
         missing, unexpected = chunk.load_state_dict(weights, strict=False)
         assert not unexpected, unexpected
         assert all(name.endswith("_extra_state") for name in missing), missing  # Transformer Engine's, only for fp8
-
-
-def read_progress(path: Path) -> Progress:
-    file = path / _PROGRESS
-    if not file.is_file():
-        raise UserError(f"{path}: not a complete checkpoint (no {_PROGRESS})")
-    return Progress(**json.loads(file.read_text()))
 
 
 def find(run_dir: RunDir, resume: str) -> Path | None:
@@ -296,17 +258,17 @@ def find(run_dir: RunDir, resume: str) -> Path | None:
     """
     folder = run_dir.checkpoints
     while True:
-        path = _on_rank_0(lambda: _choose(run_dir, resume))
+        path = on_rank_0(lambda: choose(run_dir, resume))
         if path is None:
             return None
         if not (damages := damage(path)):
-            _on_rank_0(partial(pickles.refuse_foreign, path))
+            on_rank_0(partial(pickles.refuse_foreign, path))
             return path
-        if resume != "auto" or _on_rank_0(lambda: len(_complete_ones(folder))) == 1:
+        if resume != "auto" or on_rank_0(lambda: len(complete_ones(folder))) == 1:
             raise UserError(
                 f"{'; '.join(damages)}; resume from another checkpoint, or choose another --logging.run_dir"
             )
-        _on_rank_0(partial(_set_aside, path))
+        on_rank_0(partial(_set_aside, path))
         if dist.get_rank() == 0:
             print(f"opsd: {'; '.join(damages)}; going on from the checkpoint before", file=sys.stderr, flush=True)
 
@@ -315,28 +277,6 @@ def _set_aside(path: Path) -> None:
     aside = path.with_name(f"damaged_{path.name}")
     shutil.rmtree(aside, ignore_errors=True)
     path.rename(aside)
-
-
-def _complete_ones(folder: Path) -> list[Path]:
-    return [file.parent for file in folder.glob(f"step_*/{_PROGRESS}")]
-
-
-def _choose(run_dir: RunDir, resume: str) -> Path | None:
-    newest, folder = max(_complete_ones(run_dir.checkpoints), default=None), run_dir.path
-    if resume == "never" and newest:
-        raise UserError(
-            f"{folder}: holds checkpoints of an earlier run; go on from them with --checkpoint.resume auto, or choose "
-            "another --logging.run_dir"
-        )
-    if resume in ("never", "auto"):
-        return newest
-    step = read_progress(Path(resume)).step
-    if newest and read_progress(newest).step > step:
-        raise UserError(
-            f"{folder}: holds checkpoints newer than {resume}, which a later --checkpoint.resume auto would take; "
-            "choose another --logging.run_dir, or move them away"
-        )
-    return Path(resume)
 
 
 def _state(

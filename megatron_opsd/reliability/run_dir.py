@@ -1,7 +1,9 @@
 """The folder of a run: its paths, who may write to it, how its files are read, and how the run ended."""
 
+import contextlib
 import json
 import os
+import socket
 import stat
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any, Literal
 
 from megatron_opsd import events
 from megatron_opsd.errors import UserError
+from megatron_opsd.reliability.run_lock import RunLock
 
 _MEASURED = ("seconds_", "memory_", "tokens_per_second")  # metrics of the machine, not of the training
 
@@ -37,23 +40,48 @@ class RunDir:
         """The responses of the evaluation after ``step`` steps."""
         return self.path / "rollouts" / f"evaluation_{step:06d}.jsonl"
 
+    def contents(self) -> list[str]:
+        """What a run has left in the folder that another one would replace or mix with its own."""
+        files = [file for file in (self.metrics, self.evaluations) if complete_lines(file)]
+        folders = [self.checkpoints, self.skipped, self.rollouts(0).parent]
+        left = [*files, *(folder for folder in folders if folder.is_dir() and any(folder.iterdir()))]
+        return [path.name for path in (*left, self.hf) if path.exists()]
+
     def check(self) -> None:
-        """Check before the start that the run can write to its folder.
+        """Check, by writing, that the run can write to its folder.
 
         Raises:
             UserError: it cannot, or anybody can: somebody else could then have put a checkpoint there.
         """
-        existing = next(parent for parent in (self.path, *self.path.absolute().parents) if parent.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
-            raise UserError(f"logging.run_dir = {str(self.path)!r}: cannot write to {existing}")
+        field = f"logging.run_dir = {str(self.path)!r}"
+        for file in (self.config, self.metrics, self.evaluations, self.events, self.outcome):
+            if file.is_dir():
+                raise UserError(f"{field}: {file} is a folder, where the run writes a file; move it away")
+        for folder in (self.checkpoints, self.skipped, self.rollouts(0).parent, self.logs, self.tensorboard, self.hf):
+            if folder.exists() and not folder.is_dir():
+                raise UserError(f"{field}: {folder} is no folder, where the run makes one; move it away")
+        existing = next(parent for parent in (self.path, *self.path.absolute().parents) if os.path.lexists(parent))
+        _try_to_write(existing, field)
+        if self.checkpoints.exists():
+            _try_to_write(self.checkpoints, field)
         if existing == self.path and self.path.stat().st_mode & stat.S_IWOTH:
-            raise UserError(f"logging.run_dir = {str(self.path)!r}: anybody may write to it; chmod o-w {self.path}")
+            raise UserError(f"{field}: anybody may write to it; chmod o-w {self.path}")
 
     def prepare(self) -> None:
-        """Make the folder, and forget how an earlier start of the run ended."""
+        """Make the folder."""
         self.path.mkdir(parents=True, exist_ok=True)
         self.path.chmod(self.path.stat().st_mode & ~stat.S_IWOTH)  # the umask may allow it
-        self.outcome.unlink(missing_ok=True)
+
+    def write_config(self, text: str, step: int) -> None:
+        """Keep the settings of a start after ``step`` steps: config.toml is that of the first start.
+
+        A start from a checkpoint has a file of its own, if its settings differ.
+        """
+        if step and self.config.exists():
+            if self.config.read_text() != text:
+                (self.path / f"config_after_{step:06d}.toml").write_text(text)
+        else:
+            self.config.write_text(text)
 
     def write_outcome(self, outcome: Literal["finished", "interrupted", "stopped"], why: str) -> None:
         """Leave one line for whoever started the run. A run that crashes leaves none.
@@ -65,6 +93,13 @@ class RunDir:
         staging.write_text(f"{outcome}: {' '.join(why.split())}\n")
         staging.rename(self.outcome)
         events.record("end", outcome=outcome, why=why)
+
+    def write_mistake(self, why: str) -> None:
+        """Leave why a start has not become a run. Where another run owns the folder, its outcome is its own."""
+        with contextlib.suppress(OSError):  # the mistake may be that the folder cannot be written to
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not RunLock(self.path).is_anothers():
+                self.write_outcome("stopped", why)
 
     def read_outcome(self) -> tuple[str, str]:
         """Outcome and reason; both are empty if the run crashed or is still running."""
@@ -78,6 +113,15 @@ class RunDir:
             {name: value for name, value in line.items() if not name.startswith(_MEASURED)}
             for line in read_jsonl(self.metrics)
         ]
+
+
+def _try_to_write(folder: Path, field: str) -> None:
+    probe = folder / f".probe.{socket.gethostname()}.{os.getpid()}"
+    try:
+        probe.write_bytes(bytes(4096))
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{field}: cannot write to {folder} ({error.strerror}); choose another folder") from None
 
 
 def complete_lines(file: Path) -> list[str]:

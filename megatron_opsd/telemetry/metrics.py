@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_opsd import events
 from megatron_opsd.config import Config
-from megatron_opsd.config_file import dump_toml
+from megatron_opsd.config_file import dump_toml, with_absolute_paths
 from megatron_opsd.reliability.preemption import SHOW_STACKS
 from megatron_opsd.reliability.run_dir import RunDir, complete_lines, write_jsonl
 from megatron_opsd.types import Evaluation, Phase, StepResult
@@ -62,7 +62,7 @@ class MetricsWriter:
         if not enabled:
             return
         self._run_dir = run_dir = RunDir(config.logging.run_dir)
-        run_dir.config.write_text(dump_toml(config))
+        run_dir.write_config(dump_toml(with_absolute_paths(config)), start)
         self._metrics = _open_log(run_dir.metrics, start)
         self._evaluations = _open_log(run_dir.evaluations, start)
         purge = start + 1 if start else 0  # 0 purges what a start without a checkpoint has left

@@ -312,7 +312,7 @@ def relay(case: Case, path: str, layout: Layout, tmp: str) -> None:
         save_file(run.weights(), run_dir / "first_step")
     else:
         assert checkpoint.find(RunDir(run_dir), "auto") == saved
-        checkpoint.load(saved, model, optimizer, None, "a teacher")
+        checkpoint.load(saved, model, optimizer, None)
         run.schedule.step(1)
         before = load_file(run_dir / "first_step")
         assert all(torch.equal(tensor, before[name]) for name, tensor in run.weights().items())
