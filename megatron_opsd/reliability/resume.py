@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_opsd.config import Config
 from megatron_opsd.errors import UserError
-from megatron_opsd.files import read_text
+from megatron_opsd.files import excerpt, parse_json, read_text
 from megatron_opsd.reliability.run_dir import RunDir
 from megatron_opsd.types import Progress
 
@@ -30,7 +30,7 @@ def meaning(config: Config) -> dict[str, Any]:
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Settings with another meaning now, such as ``objective.beta: 0.5 -> 0.3``."""
     names = [name for name in before if before[name] != now.get(name)]
-    return [f"{name}: {json.dumps(before[name])} -> {json.dumps(now.get(name))}" for name in names]
+    return [f"{name}: {excerpt(json.dumps(before[name]))} -> {excerpt(json.dumps(now.get(name)))}" for name in names]
 
 
 def choose(run_dir: RunDir, resume: str) -> Path | None:
@@ -107,6 +107,6 @@ def read_progress(path: Path) -> Progress:
     if not file.is_file():
         raise UserError(f"{path}: not a complete checkpoint (no {PROGRESS})")
     try:
-        return Progress(**json.loads(read_text(file)))
-    except (ValueError, TypeError) as error:
+        return Progress(**parse_json(read_text(file), str(file)))
+    except TypeError as error:
         raise UserError(f"{file}: not the progress of a run ({error}); resume from another checkpoint") from None

@@ -101,6 +101,7 @@ def test_a_flipped_byte_is_named_and_the_checkpoint_before_taken(unbroken: Unbro
     assert began_after(run) == 2
     assert_equal_runs(run_dir, unbroken.run_dir)
 
+    shutil.rmtree(run_dir / "hf")  # else the run would be done
     for name in ("step_000002", "step_000004", "step_000005"):  # all of them: nothing to go on from
         flip_a_byte(run_dir / "checkpoints" / name)
     with unbroken.run(run_dir) as run:

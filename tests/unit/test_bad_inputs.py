@@ -35,23 +35,36 @@ def nothing_expensive(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def arguments(row: Bad, inputs: Inputs) -> list[str]:
     """Of the command line."""
-    name, *options = [option.format(folder=inputs.folder) for option in row.command]
-    settings = {setting: value.format(folder=inputs.folder) for setting, value in row.settings.items()}
+    folder = str(inputs.folder)
+    name, *options = [option.replace("{folder}", folder) for option in row.command]
+    settings = {setting: value.replace("{folder}", folder) for setting, value in row.settings.items()}
     return [name, *([] if name == "convert" else [str(inputs.toml)]), *options, *cli.flags(settings)]
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_costs_one_line(row: Bad, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_costs_one_line(
+    row: Bad, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     inputs = Inputs(tmp_path)
     row.change(inputs)
+    for name, value in row.environment.items():
+        monkeypatch.setenv(name, value)
+    before = _files(tmp_path)
     with pytest.raises(SystemExit) as end:
         cli.main(arguments(row, inputs))
     out, err = capsys.readouterr()
     assert end.value.code == 2, out + err
     (line,) = err.splitlines()
     for part in row.says:
-        assert part.format(folder=tmp_path) in line, line
-    assert not (tmp_path / "run").exists() or row.command[0] != "check"
+        assert part.replace("{folder}", str(tmp_path)) in line, line
+    after = _files(tmp_path)
+    after.pop(tmp_path / "run" / "outcome", None)  # for a batch script that would start the run again
+    assert after == before, "something was written"
+
+
+def _files(folder: Path) -> dict[Path, int]:
+    """Every file and the time of its last change."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
 def test_inputs_have_no_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

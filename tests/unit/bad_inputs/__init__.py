@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_opsd.config_file import load_config
+from megatron_opsd.reliability.resume import meaning
+
 ARITHMETIC = Path(__file__).parents[3] / "examples" / "arithmetic"
 ROW = {"problem": "Compute 1+1.", "solution": r"1+1 is \boxed{2}.", "answer": "2"}
 TOML = """
@@ -59,6 +62,13 @@ class Inputs:
         merged = json.loads(file.read_text()) | keys
         file.write_text(json.dumps({key: value for key, value in merged.items() if value is not ...}))
 
+    def earlier_run(self, step: int = 2, **progress: Any) -> Path:
+        """Make the run's folder one with a checkpoint after ``step`` steps; returns the checkpoint's folder."""
+        checkpoint = self.folder / "run" / "checkpoints" / f"step_{step:06d}"
+        known = {"step": step, "sampler": {}, "teacher": "", "meaning": meaning(load_config(str(self.toml), {}))}
+        self.write(f"run/checkpoints/{checkpoint.name}/progress.json", json.dumps(known | progress))
+        return checkpoint
+
     def config(self, **keys: Any) -> None:
         """Change the model's config.json."""
         self.change("model/config.json", **keys)
@@ -75,7 +85,7 @@ class Bad:
     change: what is done to inputs without a mistake.
     settings: of the command line.
     command: ``check``, ``train``, ``evaluate``, ``serve``, ``plan`` or ``convert``, with its own options.
-        ``{folder}`` is replaced.
+        ``{folder}`` is replaced, in ``says`` and in ``settings`` too.
     """
 
     what: str
@@ -83,3 +93,4 @@ class Bad:
     change: Change = lambda inputs: None
     settings: dict[str, str] = field(default_factory=dict)
     command: Sequence[str] = ("check",)
+    environment: dict[str, str] = field(default_factory=dict)
