@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from megatron_opsd.config import Config
 from megatron_opsd.config_file import add_overrides, fields, load_config
@@ -18,7 +19,23 @@ from megatron_opsd.reliability.run_dir import RunDir
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command. A :class:`UserError` becomes one line on stderr and exit status 2."""
-    parser = argparse.ArgumentParser(prog="opsd", description="On-Policy Self-Distillation of Qwen3.")
+    try:
+        _run(arguments)
+    except UserError as error:
+        if not _is_local_rank_0():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(15)  # where rank 0 fails alike, torchrun ends this process before it repeats the line
+        print(f"opsd: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+
+def _run(arguments: Sequence[str] | None) -> None:
+    parser = _Parser(prog="opsd", description="On-Policy Self-Distillation of Qwen3.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, (help_text, _) in COMMANDS.items():
         usage = f"opsd {name} FILE.toml [--section.key VALUE ...]"  # argparse would list every setting
@@ -41,23 +58,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = vars(parsed)
     overrides = {name: options.pop(name) for name in fields() if name in options}
     warnings.filterwarnings("ignore", module=r"megatron\.core|torch")  # at import: what a machine does not have
-    try:
-        if unknown:
-            own = [name.replace("_", "-") for name in options if name not in ("command", "config", "direction")]
-            names = [f"--{name}" for name in (*own, *(() if options["command"] == "convert" else fields()))]
-            nearest = difflib.get_close_matches(unknown[0], names, n=1, cutoff=0)[0]
-            raise UserError(f"{unknown[0]}: unknown option; the nearest valid one is {nearest}")
-        if options["command"] == "convert":
-            _convert(argparse.Namespace(**options))
-            return
-        config = load_config(options["config"], overrides)
-        COMMANDS[options["command"]][1](config, argparse.Namespace(**options))
-    except UserError as error:
-        if not _is_local_rank_0():
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(15)  # where rank 0 fails alike, torchrun ends this process before it repeats the line
-        print(f"opsd: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+    if unknown:
+        own = [name.replace("_", "-") for name in options if name not in ("command", "config", "direction")]
+        names = [f"--{name}" for name in (*own, *(() if options["command"] == "convert" else fields()))]
+        nearest = difflib.get_close_matches(unknown[0], names, n=1, cutoff=0)[0]
+        raise UserError(f"{unknown[0]}: unknown option; the nearest valid one is {nearest}")
+    if options["command"] == "convert":
+        _convert(argparse.Namespace(**options))
+        return
+    config = load_config(options["config"], overrides)
+    COMMANDS[options["command"]][1](config, argparse.Namespace(**options))
 
 
 def flags(overrides: Mapping[str, str]) -> list[str]:
@@ -76,7 +86,9 @@ def _preflight(config: Config, train: bool) -> None:
     check_processes(os.environ)
     check_devices(os.environ)
     if _is_local_rank_0():
-        check(config, int(os.environ.get("WORLD_SIZE", "1")), train)
+        warnings = check(config, int(os.environ.get("WORLD_SIZE", "1")), train, starts_here=True)
+        if os.environ.get("RANK", "0") == "0":
+            _print_warnings(warnings)
     elif train:
         check_transformer_engine()  # Megatron is about to import it, with a traceback where it is broken
 
@@ -96,8 +108,15 @@ def _train(config: Config, _: argparse.Namespace) -> None:
 def _check(config: Config, options: argparse.Namespace) -> None:
     from megatron_opsd.plan.preflight import check
 
-    check(config, options.world_size)
+    if options.world_size is not None and options.world_size < 1:
+        raise UserError(f"--world-size = {options.world_size}: must be at least 1")
+    _print_warnings(check(config, options.world_size))
     print(f"{options.config}: no mistakes found")
+
+
+def _print_warnings(warnings: Sequence[str]) -> None:
+    for text in warnings:
+        print(f"warning: {text}", flush=True)
 
 
 def _add_plan_options(command: argparse.ArgumentParser) -> None:

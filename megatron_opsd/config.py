@@ -193,7 +193,7 @@ class RolloutConfig(Section):
     """vLLM's tensor-parallel size: any divisor of the world size, whatever Megatron's layout; or that of a server."""
     max_response_tokens: Positive = 1024
     """The student's answer is cut here."""
-    temperature: Annotated[float, Field(ge=0)] = 1.1
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.1
     """Sampling temperature of the training rollouts."""
     top_p: Fraction = 0.95
     """Nucleus sampling: the smallest set of tokens with this probability."""
@@ -334,6 +334,17 @@ class GuardsConfig(Section):
     patience: Positive = 5
     """The first step beyond a bound warns; so many in a row end the run (of the accuracy: two evaluations)."""
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in ("entropy", "response_length"):
+            low, high = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
+            if low is not None and high is not None and low >= high:
+                raise ValueError(
+                    f"guards.min_{name} = {low:g} is not below guards.max_{name} = {high:g}, so that every step is "
+                    "beyond one of them; lower the first or raise the second"
+                )
+        return self
+
 
 class TimeoutsConfig(Section):
     start: Minutes = 60
@@ -372,7 +383,7 @@ class EvaluateConfig(Section):
     """Only the first problems of the file."""
     samples: Positive = 1
     """Sampled answers to each problem (the k of Avg@k)."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Field(gt=0, le=2)] = 1.0
     """Temperature of the sampled answers."""
     top_p: Fraction = 1.0
     """Nucleus sampling of the sampled answers."""
@@ -431,12 +442,33 @@ class Config(Section):
         size, samples = self.train.global_batch_size, self.rollout.samples_per_prompt
         if size % samples:
             raise ValueError(f"rollout.samples_per_prompt = {samples} does not divide train.global_batch_size = {size}")
+        if size % self.train.micro_batch_size:
+            micro = self.train.micro_batch_size
+            raise ValueError(f"train.micro_batch_size = {micro} does not divide train.global_batch_size = {size}")
+        self._check_lengths()
         self._check_method()
         if self.evaluate.interval and not self.evaluate.data:
             raise ValueError(
                 "evaluate.interval is on but evaluate.data.path is missing; set it or evaluate.interval = 0"
             )
         return self
+
+    def _check_lengths(self) -> None:
+        """Refuse lengths with which no token would be trained on, or every step would be beyond a guard."""
+        skip, limit = self.prompts.skip_first_tokens, self.rollout.max_response_tokens
+        written, name = limit, "rollout.max_response_tokens"
+        if not self.method.writes_rollouts:
+            written, name = self.data.max_solution_tokens, "data.max_solution_tokens"
+        if skip >= written:
+            raise ValueError(
+                f"prompts.skip_first_tokens = {skip} leaves nothing of {name} = {written} to train on; lower it"
+            )
+        shortest = self.guards.min_response_length
+        if shortest is not None and shortest > limit:
+            raise ValueError(
+                f"guards.min_response_length = {shortest:g} exceeds rollout.max_response_tokens = {limit}, so that "
+                "every step is beyond it; lower it"
+            )
 
     def _check_method(self) -> None:
         """Refuse combinations that could teach nothing, or not what they say."""

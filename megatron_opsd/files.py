@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megatron_opsd.errors import UserError
 
@@ -19,6 +19,12 @@ _OTHER_ENCODINGS = {
     codecs.BOM_UTF16_BE: "UTF-16",
 }
 _LONGEST_EXCERPT = 80  # characters of a wrong value that an error shows
+
+
+class AnyObject(BaseModel):
+    """A JSON object of which only that is required."""
+
+    model_config = ConfigDict(extra="ignore")
 
 
 def read_bytes(file: Path, remedy: str = "correct the path") -> bytes:
@@ -52,6 +58,8 @@ def decode(data: bytes, place: str) -> str:
     Raises:
         UserError: it is something else.
     """
+    if data.startswith(b"version https://git-lfs"):
+        raise UserError(f"{place}: is a git-lfs pointer, not the file itself; run `git lfs pull` where it came from")
     for mark, encoding in _OTHER_ENCODINGS.items():
         if data.startswith(mark):
             raise UserError(f"{place}: is {encoding}; save it as UTF-8")
@@ -64,20 +72,20 @@ def decode(data: bytes, place: str) -> str:
         ) from None
 
 
-def parse_json(text: str, place: str) -> Any:
+def parse_json(text: str, place: str, remedy: str = "correct it") -> Any:
     """JSON as Python's values.
 
     Raises:
         UserError: it is none, or nested too deeply for Python.
     """
     if not text.strip():
-        raise UserError(f"{place}: is empty; it must hold JSON")
+        raise UserError(f"{place}: is empty, and JSON is needed; {remedy}")
     try:
         return json.loads(text)
     except RecursionError:
-        raise UserError(f"{place}: not valid JSON (nested too deeply); correct it") from None
+        raise UserError(f"{place}: not valid JSON (nested too deeply); {remedy}") from None
     except ValueError as error:
-        raise UserError(f"{place}: not valid JSON ({error}); correct it") from None
+        raise UserError(f"{place}: not valid JSON ({error}); {remedy}") from None
 
 
 def read_json(file: Path, schema: type[S], remedy: str) -> S:
@@ -90,7 +98,7 @@ def read_json(file: Path, schema: type[S], remedy: str) -> S:
     if data.startswith(codecs.BOM_UTF8):  # transformers and vLLM would fail at it
         raise UserError(f"{file}: starts with a byte order mark, which no other program reads; save it without")
     try:
-        return schema.model_validate(parse_json(decode(data, str(file)), str(file)))
+        return schema.model_validate(parse_json(decode(data, str(file)), str(file), remedy))
     except ValidationError as error:
         raise UserError(f"{file}: {explain(error)}; {remedy}") from None
 

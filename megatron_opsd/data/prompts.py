@@ -8,10 +8,14 @@ both sides; response text is never tokenised again.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from jinja2 import TemplateError
 
 from megatron_opsd.config import ANSWER_TEMPLATE, STUDENT_TEMPLATE, TEACHER_TEMPLATE, Config
 from megatron_opsd.errors import UserError
+from megatron_opsd.files import AnyObject, excerpt, read_json, read_text
 from megatron_opsd.types import Example
 
 if TYPE_CHECKING:
@@ -71,8 +75,8 @@ class PromptBuilder:
         check_templates(self.student_template, self.teacher_template, self.answer_template)
         if not self.tokenizer.chat_template:
             raise UserError(
-                f"tokenizer of {self.tokenizer.name_or_path or 'the model'} has no chat template: "
-                "use an instruction-tuned checkpoint, or put a chat_template.jinja beside its tokenizer"
+                f"{self._where()}: the tokenizer has no chat template; use an instruction-tuned checkpoint, or put a "
+                "chat_template.jinja beside the tokenizer"
             )
 
     def student(self, example: Example) -> list[int]:
@@ -97,10 +101,34 @@ class PromptBuilder:
         return self._render(fill(template, values), self.teacher_thinking) + self._encode(self.teacher_prefix)
 
     def _render(self, text: str, thinking: bool) -> list[int]:
-        turn = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, enable_thinking=thinking
-        )
-        return self._encode(str(turn))
+        turn = self.render_chat([{"role": "user", "content": text}], thinking)
+        if text.strip() not in turn:
+            raise UserError(
+                f"{self._where()}: the chat template leaves out what the prompt says ({excerpt(repr(text))}); use the "
+                "template of an instruction-tuned checkpoint that shows a turn's text as it is"
+            )
+        return self._encode(turn)
+
+    def render_chat(self, messages: list[dict[str, str]], thinking: bool, add_generation_prompt: bool = True) -> str:
+        """The chat template's text. Raises `UserError` where the template fails."""
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    enable_thinking=thinking,
+                )
+            )
+        except (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"{self._where()}: the chat template fails ({reason}); put one that works, as chat_template.jinja, "
+                "beside the tokenizer"
+            ) from error
+
+    def _where(self) -> str:
+        return str(self.tokenizer.name_or_path or "the tokenizer")
 
     def _encode(self, text: str) -> list[int]:
         # The chat template writes every special token itself: the tokenizer must not add its own.
@@ -111,9 +139,10 @@ def build_prompts(config: Config) -> PromptBuilder:
     """Load the model's tokenizer and bind it to the configured templates. Raises `UserError` where either is unfit."""
     from transformers import AutoTokenizer  # here, because it takes seconds to load
 
+    _check_tokenizer_files(Path(config.model.path))
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # tokenizers has no other type for a file that it does not understand
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"model.path = '{config.model.path}': its tokenizer cannot be loaded ({reason}); "
@@ -128,6 +157,16 @@ def build_prompts(config: Config) -> PromptBuilder:
         teacher_thinking=config.prompts.teacher_thinking,
         teacher_prefix=config.prompts.teacher_prefix,
     )
+
+
+def _check_tokenizer_files(model: Path) -> None:
+    """Raise `UserError` where a file is broken: transformers would pass over it, or name neither file nor place."""
+    remedy = "copy the tokenizer files of the original checkpoint there"
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        if (model / name).exists():
+            read_json(model / name, AnyObject, remedy)
+    if (model / "chat_template.jinja").exists():
+        read_text(model / "chat_template.jinja", remedy)
 
 
 def max_model_len(config: Config, prompts: PromptBuilder) -> int:

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import psutil
 
 from megatron_opsd.config import Config
-from megatron_opsd.data.datasets import check_data
 from megatron_opsd.data.prompts import ANSWER_TOKENS, SEAM_TOKENS, PromptBuilder, build_prompts, max_model_len
 from megatron_opsd.errors import UserError
+from megatron_opsd.plan import contents
 from megatron_opsd.reliability import resume
 from megatron_opsd.reliability.run_dir import RunDir
 from megatron_opsd.types import Example
@@ -20,16 +20,18 @@ KV_BYTES = {"bfloat16": 2, "float32": 4}
 _PROCESS_COUNTS = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
-def check(config: Config, world_size: int | None, train: bool = True) -> None:
-    """Check everything that can be checked without starting anything.
+def check(config: Config, world_size: int | None, train: bool = True, starts_here: bool = False) -> list[str]:
+    """Check everything that can be checked without starting anything. Returns warnings, one line each.
 
     world_size: ranks of the run; None if not known yet.
     train: False for an evaluation, which has no training data, batch or layout.
+    starts_here: the run starts on this machine now. Else it may be for a machine that has GPUs.
 
     Raises:
         UserError: one line that names the file or field, the value and the remedy.
     """
-    arch = read_architecture(config.model.path)
+    path = config.model.path
+    arch = read_architecture(path)
     needs_engine = config.needs_engine or not train
     colocated = needs_engine and config.rollout.engine == "colocated"
     if colocated:
@@ -41,16 +43,18 @@ def check(config: Config, world_size: int | None, train: bool = True) -> None:
         check_transformer_engine()
         check_parallel(config, arch, world_size)
         check_batch(config, world_size)
-        check_data(config.data, "data", config.method.reads)
-    if config.evaluate.data:
-        check_data(config.evaluate.data, "evaluate.data", "answer")
     prompts = build_prompts(config)
+    contents.check_tokenizer(prompts, arch, path)
     check_lengths(config, arch, prompts, train)
-    if colocated:
+    if colocated and (starts_here or "kv_cache_gib" in config.rollout.model_fields_set):
         check_kv_cache(config, arch, max_model_len(config, prompts))
     RunDir(config.logging.run_dir).check()
     if train:
         resume.check(config)
+    warnings = contents.check_rows(config, prompts, train)
+    warnings += contents.check_turns(prompts, path)
+    contents.check_weights(path, arch)
+    return warnings
 
 
 def check_server(config: Config) -> None:

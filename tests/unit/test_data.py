@@ -197,12 +197,14 @@ def test_rows_without_text_are_named_by_file_and_line(tmp_path: Path, broken: di
     path = tmp_path / "a.jsonl"
     good, bad = json.dumps(ROWS[0]), json.dumps(ROWS[0] | broken)
     path.write_text("\n".join([good, "", bad, good, bad]))
-    column = next(iter(broken))
     message = fail(load_examples, DataConfig(path=str(path)))
-    assert message == f"{path}:3: no text in column '{column}' (and 1 more such rows): fill it in or delete the row"
+    ((column, value),) = broken.items()
+    what = "holds a list" if isinstance(value, list) else "is empty"
+    others = "(and 1 more such rows): correct it or delete the row"
+    assert message == f"{path}:3: column '{column}' {what}, and text is needed {others}"
     parquet = write_parquet(tmp_path / "a.parquet", [ROWS[0] | {"solution": "1"}, ROWS[0] | {"solution": None}])
     message = fail(load_examples, DataConfig(path=parquet))
-    assert message == f"{parquet}, row 2: no text in column 'solution': fill it in or delete the row"
+    assert message.startswith(f"{parquet}, row 2: column 'solution' is empty, and text is needed")
 
 
 def test_broken_json_is_named_by_file_and_line(tmp_path: Path) -> None:
@@ -212,7 +214,7 @@ def test_broken_json_is_named_by_file_and_line(tmp_path: Path) -> None:
     path.write_text("[1, 2]\n")
     assert fail(load_examples, DataConfig(path=str(path))).startswith(f"{path}:1: a row must be a JSON object")
     path.write_bytes(b'{"problem": "\xff"}\n')
-    assert fail(load_examples, DataConfig(path=str(path))).startswith(f"{path}:1: not valid JSON")
+    assert fail(load_examples, DataConfig(path=str(path))).startswith(f"{path}:1: is not UTF-8")
 
 
 def test_broken_parquet_is_one_line(tmp_path: Path) -> None:

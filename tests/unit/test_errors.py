@@ -62,7 +62,8 @@ def test_no_mistakes(config: list[str], capsys: pytest.CaptureFixture[str]) -> N
             ["expert_model_parallel_size = 2", "no experts", "set it to 1"],
         ),
         (["--rollout.tensor_model_parallel_size", "3"], ["rollout.tensor_model_parallel_size = 3"]),
-        (["--train.global_batch_size", "20"], ["train.global_batch_size = 20", "micro_batch_size = 16", "2 data-par"]),
+        (["--train.global_batch_size", "48"], ["train.global_batch_size = 48", "micro_batch_size = 16", "2 data-par"]),
+        (["--train.global_batch_size", "20"], ["micro_batch_size = 16 does not divide train.global_batch_size = 20"]),
         (["--rollout.samples_per_prompt", "5"], ["samples_per_prompt = 5 does not divide train.global_batch_size"]),
         (["--rollout.max_response_tokens", "40960"], ["max_position_embeddings", "rollout.max_response_tokens"]),
         (["--rollout.kv_cache_gib", "0.0001"], ["rollout.kv_cache_gib = 0.0001 is too little", "raise it"]),
@@ -156,7 +157,7 @@ def test_port_in_use(config: list[str]) -> None:
 def test_row_without_a_problem(config: list[str]) -> None:
     bad = str(Path(config[4]).with_name("empty_problem.jsonl"))
     line = mistake([*config, *ONE_RANK, "--data.path", bad])
-    assert f"{bad}:2: no text in column 'problem'" in line
+    assert f"{bad}:2: column 'problem' is empty" in line
 
 
 def test_vllm_not_installed(config: list[str], tmp_path: Path) -> None:
