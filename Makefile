@@ -32,7 +32,7 @@ setup: .venv/installed
 demo: setup
 	rm -rf runs/arithmetic/opsd
 	$(BIN)/python $(ARITHMETIC)/problems.py --out runs/arithmetic/data
-	$(BIN)/torchrun --standalone --local-addr=127.0.0.1 --nproc-per-node 2 -m megatron_opsd train $(ARITHMETIC)/opsd.toml
+	$(BIN)/opsd train $(ARITHMETIC)/opsd.toml --nproc 2
 	$(BIN)/python $(ARITHMETIC)/report.py runs/arithmetic/opsd
 
 # What protects the numbers, and each failure once: some ten minutes on two cores.

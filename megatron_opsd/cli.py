@@ -1,20 +1,21 @@
 """The command line: ``opsd``, or ``python -m megatron_opsd`` under torchrun."""
 
 import argparse
-import difflib
 import os
 import signal
 import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
 from megatron_opsd.config import Config
-from megatron_opsd.config_file import add_overrides, fields, load_config
+from megatron_opsd.config_file import add_overrides, fields, load_config, nearest_name
 from megatron_opsd.errors import UserError
 from megatron_opsd.reliability.run_dir import RunDir
+from megatron_opsd.torchrun import leave_for_report, start_ranks
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -22,11 +23,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         _run(arguments)
     except UserError as error:
+        leave_for_report(error)
         if not _is_local_rank_0():
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(15)  # where rank 0 fails alike, torchrun ends this process before it repeats the line
         print(f"opsd: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except KeyboardInterrupt:  # a run that has begun listens for signals itself
+        sys.exit(128 + signal.SIGINT)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -35,39 +39,33 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _run(arguments: Sequence[str] | None) -> None:
-    parser = _Parser(prog="opsd", description="On-Policy Self-Distillation of Qwen3.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, (help_text, _) in COMMANDS.items():
-        usage = f"opsd {name} FILE.toml [--section.key VALUE ...]"  # argparse would list every setting
-        command = commands.add_parser(name, help=help_text, description=help_text, usage=usage, allow_abbrev=False)
-        command.add_argument("config", metavar="FILE.toml", help="the run's configuration")
-        if name == "check":
-            command.add_argument("--world-size", type=int, help="ranks of the run, where known")
-        if name == "evaluate":
-            command.add_argument("--out", type=Path, help="write the responses to this JSONL")
-        if name == "plan":
-            _add_plan_options(command)
-        if name == "serve":
-            command.add_argument(
-                "--host", default="127.0.0.1", help="where to listen (127.0.0.1); elsewhere needs OPSD_API_KEY"
-            )
-            command.add_argument("--port", type=int, default=8000, help="port to listen at (8000)")
-        add_overrides(command)
-    _add_convert(commands.add_parser("convert", help=CONVERT, description=CONVERT, allow_abbrev=False))
-    parsed, unknown = parser.parse_known_args(arguments)
+    parsed, unknown = _build_parser().parse_known_args(arguments)
     options = vars(parsed)
-    overrides = {name: options.pop(name) for name in fields() if name in options}
+    command, overrides = options.pop("command"), {name: options.pop(name) for name in fields() if name in options}
     warnings.filterwarnings("ignore", module=r"megatron\.core|torch")  # at import: what a machine does not have
     if unknown:
-        own = [name.replace("_", "-") for name in options if name not in ("command", "config", "direction")]
-        names = [f"--{name}" for name in (*own, *(() if options["command"] == "convert" else fields()))]
-        nearest = difflib.get_close_matches(unknown[0], names, n=1, cutoff=0)[0]
-        raise UserError(f"{unknown[0]}: unknown option; the nearest valid one is {nearest}")
-    if options["command"] == "convert":
+        own = [name.replace("_", "-") for name in options if name not in ("config", "direction")]
+        nearest = nearest_name(unknown[0].removeprefix("--"), own, [] if command == "convert" else list(fields()))
+        raise UserError(f"{unknown[0]}: unknown option; the nearest valid one is --{nearest}")
+    if command == "convert":
         _convert(argparse.Namespace(**options))
         return
     config = load_config(options["config"], overrides)
-    COMMANDS[options["command"]][1](config, argparse.Namespace(**options))
+    COMMANDS[command][1](config, argparse.Namespace(**options, overrides=overrides))
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="opsd", description="On-Policy Self-Distillation of Qwen3.")
+    parser.add_argument("--version", action="version", version=f"opsd {version('megatron-opsd')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (help_text, _, add_options) in COMMANDS.items():
+        usage = f"opsd {name} FILE.toml [--section.key VALUE ...]"  # argparse would list every setting
+        command = commands.add_parser(name, help=help_text, description=help_text, usage=usage, allow_abbrev=False)
+        command.add_argument("config", metavar="FILE.toml", help="the run's configuration")
+        add_options(command)
+        add_overrides(command)
+    _add_convert(commands.add_parser("convert", help=CONVERT, description=CONVERT, allow_abbrev=False))
+    return parser
 
 
 def flags(overrides: Mapping[str, str]) -> list[str]:
@@ -93,7 +91,9 @@ def _preflight(config: Config, train: bool) -> None:
         check_transformer_engine()  # Megatron is about to import it, with a traceback where it is broken
 
 
-def _train(config: Config, _: argparse.Namespace) -> None:
+def _train(config: Config, options: argparse.Namespace) -> None:
+    if options.nproc is not None:
+        sys.exit(_start_ranks("train", options))
     try:
         _preflight(config, train=True)
         from megatron_opsd.run import train
@@ -103,6 +103,24 @@ def _train(config: Config, _: argparse.Namespace) -> None:
         if os.environ.get("RANK", "0") == "0":
             RunDir(config.logging.run_dir).write_mistake(str(error))
         raise
+
+
+def _start_ranks(command: str, options: argparse.Namespace) -> int:
+    """Run this command on so many ranks of this machine. Returns its exit status."""
+    if options.nproc < 1:
+        raise UserError(f"--nproc = {options.nproc}: must be at least 1")
+    if "RANK" in os.environ:
+        raise UserError(f"--nproc = {options.nproc}: torchrun has started ranks already; leave one of them out")
+    own = ["--out", str(options.out)] if getattr(options, "out", None) else []
+    return start_ranks(options.nproc, [command, options.config, *own, *flags(options.overrides)])
+
+
+def _add_nproc(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--nproc", type=int, help="start so many ranks on this machine, instead of torchrun")
+
+
+def _add_check_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--world-size", type=int, help="ranks of the run, where known")
 
 
 def _check(config: Config, options: argparse.Namespace) -> None:
@@ -143,13 +161,27 @@ def _plan(config: Config, options: argparse.Namespace) -> None:
         sys.exit(1)
 
 
+def _add_evaluate_options(command: argparse.ArgumentParser) -> None:
+    _add_nproc(command)
+    command.add_argument("--out", type=Path, help="write the responses to this JSONL")
+
+
 def _evaluate(config: Config, options: argparse.Namespace) -> None:
+    if options.nproc is not None:
+        sys.exit(_start_ranks("evaluate", options))
     if config.evaluate.data is None:
         raise UserError("evaluate.data.path is missing; set it in the file or with --evaluate.data.path")
     _preflight(config, train=False)
     from megatron_opsd.evaluate import evaluate_checkpoint
 
     evaluate_checkpoint(config, options.out)
+
+
+def _add_serve_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--host", default="127.0.0.1", help="where to listen (127.0.0.1); elsewhere needs OPSD_API_KEY"
+    )
+    command.add_argument("--port", type=int, default=8000, help="port to listen at (8000)")
 
 
 def _serve(config: Config, options: argparse.Namespace) -> None:
@@ -192,9 +224,21 @@ def _convert(options: argparse.Namespace) -> None:
 CONVERT = "A Hugging Face directory to a distributed checkpoint of Megatron, or back. In one process or under torchrun."
 
 COMMANDS = {
-    "train": ("Train a model. Run under torchrun, one process a GPU.", _train),
-    "check": ("Find mistakes in a configuration without starting anything.", _check),
-    "plan": ("Memory, batch and checkpoint sizes of a run on a cluster. Needs no GPU and no weights.", _plan),
-    "serve": ("Start a vLLM server that writes a run's rollouts (rollout.engine = 'server').", _serve),
-    "evaluate": ("Greedy accuracy and Avg@k of a Hugging Face directory (model.path) on evaluate.data.", _evaluate),
+    "train": ("Train a model. Under torchrun, one process a GPU, or with --nproc.", _train, _add_nproc),
+    "check": ("Find mistakes in a configuration without starting anything.", _check, _add_check_options),
+    "plan": (
+        "Memory, batch and checkpoint sizes of a run on a cluster. Needs no GPU and no weights.",
+        _plan,
+        _add_plan_options,
+    ),
+    "serve": (
+        "Start a vLLM server that writes a run's rollouts (rollout.engine = 'server').",
+        _serve,
+        _add_serve_options,
+    ),
+    "evaluate": (
+        "Greedy accuracy and Avg@k of a Hugging Face directory (model.path) on evaluate.data.",
+        _evaluate,
+        _add_evaluate_options,
+    ),
 }

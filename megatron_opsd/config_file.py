@@ -4,6 +4,7 @@ import argparse
 import difflib
 import json
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,70 @@ def _sections_of(annotation: Any) -> list[type[Section]]:
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
     """Give ``parser`` one ``--section.key`` option for every field, with the field's docstring as its help."""
-    group = parser.add_argument_group("settings that override the file")
+    groups = {}
     for name, field in fields().items():
+        section = name.partition(".")[0]
+        if section not in groups:
+            groups[section] = parser.add_argument_group(f"[{section}]")
         default = "required" if field.is_required() else json.dumps(field.default)
         text = f"{field.description} ({default if len(default) < 60 else 'default: see the docs'})"
-        group.add_argument(f"--{name}", metavar="VALUE", help=text.replace("%", "%%"), default=argparse.SUPPRESS)
+        groups[section].add_argument(
+            f"--{name}", metavar="VALUE", help=text.replace("%", "%%"), default=argparse.SUPPRESS
+        )
+
+
+# What other programs call a setting.
+_ALIASES = {
+    "batch_size": "train.global_batch_size",
+    "bf16": "model.dtype",
+    "completion_length": "rollout.max_response_tokens",
+    "context_parallel_size": "parallel.tensor_model_parallel_size",
+    "dataset": "data.path",
+    "ep": "parallel.expert_model_parallel_size",
+    "epochs": "train.steps",
+    "eval_steps": "evaluate.interval",
+    "gradient_accumulation_steps": "train.micro_batch_size",
+    "gradient_checkpointing": "model.recompute",
+    "learning_rate": "optim.lr",
+    "loss": "objective.kind",
+    "max_completion_length": "rollout.max_response_tokens",
+    "max_grad_norm": "optim.clip_grad",
+    "max_new_tokens": "rollout.max_response_tokens",
+    "max_prompt_length": "data.max_problem_tokens",
+    "max_steps": "train.steps",
+    "max_tokens": "rollout.max_response_tokens",
+    "model_name_or_path": "model.path",
+    "n": "rollout.samples_per_prompt",
+    "num_epochs": "train.steps",
+    "num_generations": "rollout.samples_per_prompt",
+    "num_train_epochs": "train.steps",
+    "output_dir": "logging.run_dir",
+    "per_device_train_batch_size": "train.micro_batch_size",
+    "pp": "parallel.pipeline_model_parallel_size",
+    "precision": "model.dtype",
+    "resume_from_checkpoint": "checkpoint.resume",
+    "save_steps": "checkpoint.save_interval",
+    "save_total_limit": "checkpoint.keep_last",
+    "tp": "parallel.tensor_model_parallel_size",
+    "warmup": "optim.warmup_steps",
+    "warmup_ratio": "optim.warmup_steps",
+    "wd": "optim.weight_decay",
+}
+
+
+def nearest_name(name: str, spelled: Iterable[str], settings: Iterable[str]) -> str:
+    """What a person most likely means: by meaning, by the last part of the name, and at last by spelling.
+
+    spelled: names that only spelling leads to. settings: names of settings.
+    """
+    settings = list(settings)
+    last = name.rpartition(".")[2].replace("-", "_").lower()
+    if settings and last in _ALIASES:
+        return _ALIASES[last]
+    of_sections = [setting for setting in settings if setting.rpartition(".")[2] == last]
+    if len(of_sections) == 1:
+        return of_sections[0]
+    return difflib.get_close_matches(name, [*spelled, *settings], n=1, cutoff=0)[0]
 
 
 def load_config(path: str, overrides: dict[str, str]) -> Config:
@@ -93,9 +153,8 @@ def _explain(error: ValidationError, path: str, overrides: dict[str, str]) -> st
     if first["type"] == "extra_forbidden" and name in fields():
         return f"{where}: the method {first['loc'][1]!r} has no such setting; remove it"
     if first["type"] == "extra_forbidden":
-        known = [*fields(), *{key.rpartition(".")[0] for key in fields()} - {""}]
-        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-        return f"{where}: unknown key; the nearest valid one is {nearest}"
+        sections = {key.rpartition(".")[0] for key in fields()} - {""}
+        return f"{where}: unknown key; the nearest valid one is {nearest_name(name, [*fields(), *sections], fields())}"
     if first["type"] == "missing":
         setting = next(field for field in fields() if f"{field}.".startswith(f"{name}."))
         return f"{path}: {setting}: missing; set it in the file or with --{setting}"

@@ -145,7 +145,9 @@ class Run:
         if interval and self.checkpoints.saved_step < progress.step:
             self.save()
         self.finish_saving()
-        if self.config.checkpoint.export_hf and not interrupted_by:
+        if interrupted_by:
+            writer.say(how_to_go_on(progress.step, self.checkpoints.saved_step))
+        elif self.config.checkpoint.export_hf:
             self.watchdog.enter("save")
             self.trainer.export_hf(self.run_dir.hf)
             writer.say(f"the trained model is in {self.run_dir.hf}")
@@ -201,6 +203,13 @@ class Run:
         dist.barrier()  # the first rank that leaves may take the others along
         self.watchdog.close()
         self.trainer.close()
+
+
+def how_to_go_on(step: int, saved_step: int) -> str:
+    """What a person who has interrupted the run does next."""
+    if saved_step < step:
+        return f"nothing is saved of the steps after {saved_step} (checkpoint.save_interval = 0)"
+    return f"saved after step {step}; to go on, give the same command with --checkpoint.resume auto"
 
 
 def attempt(action: Callable[[], T], writer: MetricsWriter) -> T | None:

@@ -26,7 +26,7 @@ ROOMS = [
     ["trainer"],
     ["run"],
     ["plan", "convert"],
-    ["cli", "launch", "__main__"],
+    ["torchrun", "cli", "launch", "__main__"],
 ]
 ORDER = [room for rooms in ROOMS for room in rooms]
 
