@@ -225,8 +225,9 @@ class RolloutConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    kind: Literal["jsd", "forward_kl", "reverse_kl", "skewed_kl"] = "jsd"
-    """The divergence between the teacher's and the student's next-token distributions."""
+    kind: Literal["jsd", "forward_kl", "reverse_kl", "skewed_kl"] = "forward_kl"
+    """The divergence between the teacher's and the student's next-token distributions. The recipes and the quick start
+    have this default, and that of clip_mode and clip: docs/numerics.md says why."""
     beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """The teacher's weight in the mixture of `jsd` and `skewed_kl`."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
@@ -330,7 +331,8 @@ class GuardsConfig(Section):
     max_accuracy_drop: Fraction | None = None
     """How far the held-out accuracy (greedy) may fall below the best one of the run."""
     watch_learning: bool = True
-    """Warn, every `patience` steps, where the student has become less sure than its teacher and no nearer to it."""
+    """Warn, every `patience` steps, where the student has become less sure than its teacher and no nearer to it; and
+    where, in means of five steps, the loss falls while the unclipped divergence rises."""
     patience: Positive = 5
     """The first step beyond a bound warns; so many in a row end the run (of the accuracy: two evaluations)."""
 

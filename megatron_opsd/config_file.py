@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -131,6 +132,9 @@ def _set(raw: dict[str, Any], name: str, text: str, path: str) -> None:
     try:
         raw[key] = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
+        if re.fullmatch(r"[-+]?(\.\d+|\d+\.)(e[-+]?\d+)?", text, re.IGNORECASE):  # .5 and 1. are no numbers of TOML
+            raw[key] = float(text)
+            return
         field = fields().get(name)
         is_none = text.lower() == "none" and field is not None and field.default is None
         raw[key] = None if is_none else text  # an unquoted string

@@ -229,12 +229,14 @@ class Trainer:
         grades = [grade for group in groups for grade in group.grades]
         known = [grade for grade in grades if grade != Grade.UNKNOWN]
         lengths = [len(rollout.token_ids) for group in groups for rollout in group.rollouts]
+        reasons = [rollout.finish_reason for group in groups for rollout in group.rollouts]
         seconds = clock.seconds()
         return {
             "step": self.progress.step,
             **learned,
             **({"accuracy": known.count(Grade.RIGHT) / len(known)} if known else {}),
             "response_length": sum(lengths) / len(lengths),
+            "truncated": sum(reason == "length" for reason in reasons) / len(reasons),
             "weight_version": groups[0].rollouts[0].weight_version,
             **seconds,
             "seconds_memory": self.memory.seconds,

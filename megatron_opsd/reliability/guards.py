@@ -6,7 +6,7 @@ if its steps are more noise than signal, the student becomes less sure than its 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from megatron_opsd.errors import RunStoppedError
 from megatron_opsd.types import Evaluation
 
 EVALUATION_PATIENCE = 2
+WINDOW = 5  # steps of the means in which a loss may fall while the divergence rises
 LEARNING = ("divergence", "entropy_student", "entropy_teacher")  # metrics that tell whether the student learns
 
 
@@ -28,6 +29,9 @@ class _State:
     best_accuracy: float = -1.0
     at_first: dict[str, float] = field(default_factory=dict)  # means of LEARNING over the run's first steps
     window: list[dict[str, float]] = field(default_factory=list)  # LEARNING of the steps since the last comparison
+    first_losses: list[list[float]] = field(default_factory=list)  # loss and divergence of the first WINDOW steps
+    last_losses: list[list[float]] = field(default_factory=list)  # of the last ones
+    apart: int = 0  # steps in a row in which their means went apart
 
 
 class Guards:
@@ -64,7 +68,9 @@ class Guards:
                 bound = f"above guards.max_{setting} = {high:g}"
             found = f"step {metrics['step']}: {name} {value:.4g} is {bound}"
             warnings += self._count(name, found if bound else None, self._config.patience, "steps")
-        return warnings + (self._compare_with_first_steps(metrics) if self._config.watch_learning else [])
+        if self._config.watch_learning:
+            warnings += self._compare_with_first_steps(metrics) + self._compare_loss_with_divergence(metrics)
+        return warnings
 
     def evaluation(self, step: int, evaluation: Evaluation) -> list[str]:
         """Check an evaluation and return warnings; remembers the best one.
@@ -114,6 +120,28 @@ class Guards:
             'again with a lower optim.lr, a larger train.global_batch_size, or without objective.clip_mode = "entry"'
         ]
 
+    def _compare_loss_with_divergence(self, metrics: Mapping[str, float]) -> list[str]:
+        """Check whether the loss falls only because of its clip, while the divergence itself rises."""
+        state, now = self._state, [metrics.get("loss", math.nan), metrics.get("divergence", math.nan)]
+        if metrics["skipped"] or not all(map(math.isfinite, now)):
+            return []
+        if len(state.first_losses) < WINDOW:
+            state.first_losses.append(now)
+            return []
+        state.last_losses = [*state.last_losses, now][-WINDOW:]
+        if len(state.last_losses) < WINDOW:
+            return []
+        (loss, divergence), (loss_at_first, at_first) = _means(state.last_losses), _means(state.first_losses)
+        state.apart = state.apart + 1 if loss < loss_at_first and divergence > at_first else 0
+        if state.apart != self._config.patience:
+            return []
+        return [
+            f"step {metrics['step']}: the loss falls while the divergence rises: means of {WINDOW} steps, "
+            f"{loss_at_first:.3g} -> {loss:.3g} and {at_first:.3g} -> {divergence:.3g}, {state.apart} times in a row. "
+            "The clip hides that the student goes away from its teacher; start again with objective.clip_mode = "
+            '"saturate"'
+        ]
+
     def _count_skipped(self, metrics: Mapping[str, float]) -> None:
         self._state.skipped = self._state.skipped + 1 if metrics["skipped"] else 0
         if self._state.skipped > self._config.max_skipped_steps:
@@ -131,3 +159,7 @@ class Guards:
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self._state)
+
+
+def _means(steps: Sequence[Sequence[float]]) -> list[float]:
+    return [sum(values) / len(steps) for values in zip(*steps, strict=True)]

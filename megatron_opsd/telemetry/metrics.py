@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_opsd import events
@@ -69,12 +69,13 @@ class MetricsWriter:
         self._board = SummaryWriter(str(run_dir.tensorboard), purge_step=purge) if config.logging.tensorboard else None
         self._rollouts_interval = config.logging.rollouts_interval
         self._console = Console()
-        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        # All of it fits into 80 columns; the bar gives way.
+        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=None), TimeRemainingColumn())
         live = self._console.is_terminal
         self._progress = Progress(
-            *columns, TextColumn("{task.fields[numbers]}"), console=self._console, disable=not live
+            *columns, TextColumn("{task.fields[scores]}"), console=self._console, disable=not live, expand=True
         )
-        self._task = self._progress.add_task("step", total=config.train.steps, completed=start, numbers="")
+        self._task = self._progress.add_task("step", total=config.train.steps, completed=start, scores="")
 
     def __enter__(self) -> Self:
         if self.enabled:
@@ -116,10 +117,10 @@ class MetricsWriter:
             grades = Counter(grade for group in result.groups for grade in group.grades)
             found = ", ".join(f"{count} {grade}" for grade, count in grades.items())
             self.warn([f"step {step}: no response to learn from ({found}; see method.train_on); weights unchanged"])
-        numbers = _numbers(result.metrics)
-        self._progress.update(self._task, completed=step, numbers=numbers)
+        scores = _scores(result.metrics)
+        self._progress.update(self._task, completed=step, scores=scores)
         if self._progress.disable:
-            self.say(f"step {step}  {numbers}")
+            self.say(f"step {step}  {scores}  {_speed(result.metrics)}")
 
     def evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Record the accuracies after ``step`` steps, and keep the responses in rollouts/."""
@@ -185,11 +186,20 @@ def _open_log(file: Path, start: int) -> TextIO:
     return file.open("a", buffering=1)
 
 
-def _numbers(metrics: dict[str, float]) -> str:
+def _scores(metrics: dict[str, float]) -> str:
+    """What a person watches. The divergence is the one before the clip; a loss may fall while it rises."""
+    names = {"loss": "loss", "divergence": "div", "accuracy": "acc"}
+    digits = {"accuracy": 2}
+    return "  ".join(
+        f"{short} {metrics[name]:.{digits.get(name, 4)}f}" if name in metrics else f"{short} -"
+        for name, short in names.items()
+        if name in metrics or name == "loss"
+    )
+
+
+def _speed(metrics: dict[str, float]) -> str:
     phases = " ".join(f"{name} {metrics[f'seconds_{name}']:.2f}" for name in Phase)
-    loss = f"{metrics['loss']:.4f}" if "loss" in metrics else "-"
-    accuracy = f"  accuracy {metrics['accuracy']:.2f}" if "accuracy" in metrics else ""
     return (
-        f"loss {loss}{accuracy}  grad {metrics['grad_norm']:.2f}  "
-        f"{metrics['tokens_per_second']:.0f} tokens/s  {metrics['seconds_total']:.2f} s ({phases})"
+        f"grad {metrics['grad_norm']:.2f}  {metrics['tokens_per_second']:.0f} tokens/s  "
+        f"{metrics['seconds_total']:.2f} s ({phases})"
     )
