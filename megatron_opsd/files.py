@@ -2,6 +2,8 @@
 
 import codecs
 import json
+import stat
+import tomllib
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +21,20 @@ _OTHER_ENCODINGS = {
     codecs.BOM_UTF16_BE: "UTF-16",
 }
 _LONGEST_EXCERPT = 80  # characters of a wrong value that an error shows
+
+
+def check_folder(path: Path, remedy: str = "correct the path") -> None:
+    """Check that a path is a folder.
+
+    Raises:
+        UserError: it is a file, or there is nothing.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # also a name that is too long, or has a zero byte in it
+        raise UserError(f"{path}: no such directory; {remedy}") from None
+    if not stat.S_ISDIR(mode):
+        raise UserError(f"{path}: is a file, and a directory is needed; {remedy}")
 
 
 def read_bytes(file: Path, remedy: str = "correct the path") -> bytes:
@@ -78,6 +94,20 @@ def parse_json(text: str, place: str) -> Any:
         raise UserError(f"{place}: not valid JSON (nested too deeply); correct it") from None
     except ValueError as error:
         raise UserError(f"{place}: not valid JSON ({error}); correct it") from None
+
+
+def parse_toml(text: str, place: str) -> dict[str, Any]:
+    """TOML as Python's values.
+
+    Raises:
+        UserError: it is none, or nested too deeply for Python.
+    """
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise UserError(f"{place}: not valid TOML (nested too deeply); correct it") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{place}: not valid TOML ({error}); correct it") from None
 
 
 def read_json(file: Path, schema: type[S], remedy: str) -> S:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_opsd.errors import UserError
-from megatron_opsd.files import read_json
+from megatron_opsd.files import check_folder, read_json
 from megatron_opsd.weights.hf_config import HFConfig
 from megatron_opsd.weights.published import PUBLISHED
 from megatron_opsd.weights.tables import FAMILIES
@@ -55,9 +55,7 @@ def read_architecture(path: str | Path) -> Architecture:
     Raises:
         UserError: the file is missing or broken, or asks for something that our models do not compute.
     """
-    if not Path(path).is_dir():
-        problem = "is a file" if Path(path).exists() else "no such directory"
-        raise UserError(f"{path}: {problem}; model.path must be a local Hugging Face checkpoint")
+    check_folder(Path(path), "model.path must be a local Hugging Face checkpoint")
     return _from(read_json(Path(path, "config.json"), HFConfig, "correct it or choose another model"))
 
 

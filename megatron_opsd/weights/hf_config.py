@@ -207,7 +207,7 @@ class HFConfig(BaseModel):
     @property
     def class_name(self) -> str:
         """Of the model in transformers and vLLM."""
-        return {"qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe"}[self.model_type] + "ForCausalLM"
+        return "".join(part.capitalize() for part in self.model_type.split("_")) + "ForCausalLM"
 
     @property
     def kv_channels(self) -> int:
