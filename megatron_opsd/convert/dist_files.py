@@ -43,6 +43,7 @@ from megatron_opsd.convert.blocks import Block
 from megatron_opsd.errors import UserError
 from megatron_opsd.files import check_folder, read_json
 from megatron_opsd.reliability.pickles import read_metadata
+from megatron_opsd.weights.hf_files import DTYPE_NAMES
 from megatron_opsd.weights.mapping import Shape
 
 _config: Any = config
@@ -153,11 +154,18 @@ class DistReader:
         raise UserError(f"{self.path}: the tensor {keys[0]} is missing; config.json calls for {list(block.shape)}")
 
     def dtype(self, blocks: Sequence[Block]) -> torch.dtype:
-        """The dtype of the model's tensors, which must be the same for all."""
+        """The dtype of all tensors of the model.
+
+        Raises:
+            UserError: they have several, or one that is not of weights.
+        """
         dtypes = {self._tensors[self._key(block)].properties.dtype for block in blocks}
         if len(dtypes) > 1:
             raise UserError(f"{self.path}: has tensors of several dtypes ({', '.join(sorted(map(str, dtypes)))})")
-        return dtypes.pop()
+        (dtype,) = dtypes
+        if dtype not in DTYPE_NAMES:
+            raise UserError(f"{self.path}: its tensors are {dtype}; only {', '.join(DTYPE_NAMES.values())} are weights")
+        return dtype
 
     def check(self, blocks: Sequence[Block]) -> None:
         """Check that all tensors are there, their shapes and the lengths of the files, without reading any tensor.

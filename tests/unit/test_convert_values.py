@@ -49,7 +49,7 @@ def test_verification_sees_another_dtype(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "value", "dtype", "message"),
     [
-        (torch.float32, -1e5, "fp16", "holds 1e+05, and F16 ends at 6.55e+04"),
+        (torch.float32, -1e5, "fp16", "holds -1e+05, and F16 ends at 6.55e+04"),
         (torch.bfloat16, 65_536.0, "fp16", "holds 6.554e+04, and F16 ends at 6.55e+04"),
         (torch.float32, 3.4e38, "bf16", "holds 3.4e+38, and BF16 ends at 3.39e+38"),
     ],
@@ -109,3 +109,9 @@ def test_the_last_row_of_a_head_is_compared(model: Path, monkeypatch: pytest.Mon
     save_file(tensors | {"lm_head.weight": head}, model / "model.safetensors")
     with pytest.raises(UserError, match=r"lm_head\.weight differs"):
         HFReader(model).check_tied_head(read_architecture(model))
+
+
+def test_checkpoints_of_other_dtypes(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hf_to_megatron(model, tmp_path / "megatron", torch.float64, verify=False)
+    line = fails(capsys, "megatron-to-hf", tmp_path / "out", tmp_path / "megatron")
+    assert "its tensors are torch.float64; only F32, BF16, F16 are weights" in line
