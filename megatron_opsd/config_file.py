@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from megatron_opsd.config import Config, Section
 from megatron_opsd.errors import UserError
-from megatron_opsd.files import read_text
+from megatron_opsd.files import parse_toml, read_text
 
 
 def fields(schema: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]:
@@ -109,12 +109,7 @@ def load_config(path: str, overrides: dict[str, str]) -> Config:
     Raises:
         UserError: unreadable file, unknown key (with the nearest valid one), wrong type or range.
     """
-    try:
-        raw = tomllib.loads(read_text(Path(path), "name the configuration of a run"))
-    except RecursionError:
-        raise UserError(f"{path}: not valid TOML (nested too deeply); correct it") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from error
+    raw = parse_toml(read_text(Path(path), "name the configuration of a run"), path)
     for name, text in overrides.items():
         _set(raw, name, text, path)
     try:

@@ -96,9 +96,10 @@ def evaluate_checkpoint(config: Config, out: Path | None) -> Evaluation:
     start_logging(RunDir(config.logging.run_dir), layout.rank, "evaluate")
     prompts = build_prompts(config)
     examples = read_held_out(config.evaluate.data, prompts.tokenizer)[: config.evaluate.limit]
-    expected = NameTable(read_architecture(config.model.path)).hf_tensors()
-    reader = HFReader(config.model.path)
+    table, reader = NameTable(read_architecture(config.model.path)), HFReader(config.model.path)
+    expected = table.hf_tensors()
     reader.check(expected)
+    reader.check_tied_head(table.arch)
     engine = build_engine(config, max_model_len(config, prompts))
     engine.update_weights(((name, reader.read(name)) for name in expected), version=0)
     evaluation = evaluate(engine, prompts, examples, config)

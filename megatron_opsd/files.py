@@ -2,6 +2,8 @@
 
 import codecs
 import json
+import stat
+import tomllib
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +27,20 @@ class AnyObject(BaseModel):
     """A JSON object of which only that is required."""
 
     model_config = ConfigDict(extra="ignore")
+
+
+def check_folder(path: Path, remedy: str = "correct the path") -> None:
+    """Check that a path is a folder.
+
+    Raises:
+        UserError: it is a file, or there is nothing.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # also a name that is too long, or has a zero byte in it
+        raise UserError(f"{path}: no such directory; {remedy}") from None
+    if not stat.S_ISDIR(mode):
+        raise UserError(f"{path}: is a file, and a directory is needed; {remedy}")
 
 
 def read_bytes(file: Path, remedy: str = "correct the path") -> bytes:
@@ -88,6 +104,20 @@ def parse_json(text: str, place: str, remedy: str = "correct it") -> Any:
         raise UserError(f"{place}: not valid JSON ({error}); {remedy}") from None
 
 
+def parse_toml(text: str, place: str) -> dict[str, Any]:
+    """TOML as Python's values.
+
+    Raises:
+        UserError: it is none, or nested too deeply for Python.
+    """
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise UserError(f"{place}: not valid TOML (nested too deeply); correct it") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{place}: not valid TOML ({error}); correct it") from None
+
+
 def read_json(file: Path, schema: type[S], remedy: str) -> S:
     """A JSON file of a model, checked against ``schema``. ``remedy``: what to do where the file is broken.
 
@@ -113,9 +143,10 @@ def explain(error: ValidationError) -> str:
         return str(first.get("ctx", {})["error"])
     if not key:
         return f"must be a JSON object, this is {type(first['input']).__name__}"
-    return f"{key} = {excerpt(repr(first['input']))}: {first['msg']}"
+    return f"{key} = {excerpt(first['input'])}: {first['msg']}"
 
 
-def excerpt(text: str) -> str:
+def excerpt(value: Any) -> str:
     """A value as an error shows it: not longer than a line."""
+    text = repr(value)
     return text if len(text) <= _LONGEST_EXCERPT else f"{text[:_LONGEST_EXCERPT]}..."

@@ -47,6 +47,7 @@ class Trainer:
         self.table = NameTable(read_architecture(config.model.path))
         reader = HFReader(config.model.path)
         reader.check(self.table.hf_tensors())
+        reader.check_tied_head(self.table.arch)
         # The engine first: it measures how much of the device is free. It sleeps while the models come.
         self.engine = build_engine(config, max_model_len(config, prompts)) if config.needs_engine else NoEngine()
         self.engine.sleep()

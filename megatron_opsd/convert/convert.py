@@ -5,7 +5,6 @@ It runs in one process, or in several under torchrun that share the work and the
 
 import os
 import shutil
-import tomllib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,17 +20,19 @@ from torch import Tensor
 from megatron_opsd.convert.blocks import Block, whole_model
 from megatron_opsd.convert.dist_files import DistReader, write_checkpoint
 from megatron_opsd.errors import UserError
+from megatron_opsd.files import parse_toml, read_text
 from megatron_opsd.weights.architecture import read_architecture
 from megatron_opsd.weights.export import checksum
 from megatron_opsd.weights.hf_files import (
+    DTYPE_NAMES,
     SHARD_BYTES,
     HFReader,
     ShardWriter,
-    copy_model_files,
     shard_name,
     write_index,
 )
 from megatron_opsd.weights.mapping import NameTable, Shape
+from megatron_opsd.weights.model_files import copy_model_files
 
 BLOCK_ELEMENTS = 2**23  # 16 MiB in bfloat16: the unit of writing; a rank that needs a part of a block must read it all
 MODEL_FILES = "hf"  # where a converted checkpoint keeps the configuration and the tokenizer
@@ -47,9 +48,11 @@ def hf_to_megatron(hf: Path, megatron: Path, dtype: torch.dtype | None, verify: 
         UserError: the model is not supported or incomplete, or ``megatron`` exists or cannot be written.
     """
     rank, world_size = _rank_and_world_size()
+    _check_folders(hf, megatron)
     table = NameTable(read_architecture(hf))
     source = HFReader(hf)
     source.check(table.hf_tensors())
+    source.check_tied_head(table.arch)
     dtype = dtype or source.dtype()
     blocks = list(whole_model(table, BLOCK_ELEMENTS))
     share = blocks[rank::world_size]
@@ -58,7 +61,7 @@ def hf_to_megatron(hf: Path, megatron: Path, dtype: torch.dtype | None, verify: 
 
             def read(block: Block) -> Tensor:
                 advance(_bytes([block], dtype))
-                return block.rule.fuse(_read_hf(source, block, dtype)).clone()  # no longer mapped from the file
+                return block.rule.fuse(_read_as(source, block, dtype)).clone()  # no longer mapped from the file
 
             write_checkpoint(staging, share, dtype, _ahead(read, share))
         if rank == 0:
@@ -66,6 +69,8 @@ def hf_to_megatron(hf: Path, megatron: Path, dtype: torch.dtype | None, verify: 
         if verify:
             _settle(staging)
             _verify(source, DistReader(staging), list(whole_model(table))[rank::world_size], dtype)
+    if verify and rank == 0:
+        _report(table, source.dtypes(), dtype)
 
 
 def megatron_to_hf(megatron: Path, hf: Path, verify: bool) -> None:
@@ -78,6 +83,7 @@ def megatron_to_hf(megatron: Path, hf: Path, verify: bool) -> None:
         UserError: the checkpoint is incomplete or not of this model, or ``hf`` exists or cannot be written.
     """
     rank, world_size = _rank_and_world_size()
+    _check_folders(megatron, hf)
     source = DistReader(megatron)
     files = _model_files(megatron)
     table = NameTable(read_architecture(files))
@@ -101,10 +107,36 @@ def megatron_to_hf(megatron: Path, hf: Path, verify: bool) -> None:
         if verify:
             _settle(staging)
             _verify(HFReader(staging), source, [block for shard in share for block in shard], dtype)
+    if verify and rank == 0:
+        _report(table, [DTYPE_NAMES[dtype]], dtype)
 
 
-def _read_hf(source: HFReader, block: Block, dtype: torch.dtype) -> list[Tensor]:
-    return [source.read(name, 0, block.start, block.stop).to(dtype) for name in block.rule.hf]
+def _read_as(source: HFReader, block: Block, dtype: torch.dtype) -> list[Tensor]:
+    """The rows of a block, cast once.
+
+    Raises:
+        UserError: a finite value would become an infinite one.
+    """
+    parts = [source.read(name, 0, block.start, block.stop) for name in block.rule.hf]
+    cast = [part.to(dtype) for part in parts]
+    for name, before, after in zip(block.rule.hf, parts, cast, strict=True):
+        if torch.finfo(after.dtype).max < torch.finfo(before.dtype).max:
+            _check_range(f"{source.path}: {name}", before, after)
+    return cast
+
+
+def _check_range(place: str, before: Tensor, after: Tensor) -> None:
+    """Look for finite values that a cast has made infinite.
+
+    Raises:
+        UserError: there is one.
+    """
+    if torch.stack(after.aminmax()).isfinite().all():  # in a sixth of the cast's time
+        return
+    lost = before[after.isinf() & before.isfinite()]
+    if len(lost):
+        limit = f"{DTYPE_NAMES[after.dtype]} ends at {torch.finfo(after.dtype).max:.4g}"
+        raise UserError(f"{place} holds {lost[0].item():.4g}, and {limit}; choose another --dtype")
 
 
 def _ahead(read: Callable[[Block], Tensor], blocks: Iterable[Block]) -> Iterator[Tensor]:
@@ -119,31 +151,59 @@ def _ahead(read: Callable[[Block], Tensor], blocks: Iterable[Block]) -> Iterator
 
 
 def _verify(hf: HFReader, megatron: DistReader, blocks: Sequence[Block], dtype: torch.dtype) -> None:
-    """Compare the checksums of ``blocks`` in both directories.
+    """Compare the checksums of ``blocks`` in both directories; ``dtype`` is that of the result.
+
+    Only the source is cast, and once: the result is compared as it is in its files.
 
     Raises:
         UserError: a tensor differs; names the first one.
     """
     with _progress("verifying ", _bytes(blocks, dtype)) as advance:
         for block in blocks:
-            parts = zip(_read_hf(hf, block, dtype), block.rule.split(megatron.read(block)), strict=True)
+            parts = zip(_read_as(hf, block, dtype), block.rule.split(megatron.read(block)), strict=True)
             for name, (ours, theirs) in zip(block.rule.hf, parts, strict=True):
-                if checksum(ours) != checksum(theirs):
+                if ours.dtype != theirs.dtype or checksum(ours) != checksum(theirs):
                     raise UserError(f"{hf.path} and {megatron.path}: the checksums of {name} differ; convert again")
             advance(_bytes([block], dtype))
+
+
+def _report(table: NameTable, source: Sequence[str], dtype: torch.dtype) -> None:
+    name = DTYPE_NAMES[dtype]
+    cast = "" if source == [name] else f" from {', '.join(source)}"
+    print(f"verified: {len(table.hf_tensors())} tensors, {name}{cast}")
+
+
+def _check_folders(source: Path, target: Path) -> None:
+    """Check the two directories of a conversion before anything is read.
+
+    Raises:
+        UserError: ``target`` exists, cannot be named, or one is in the other.
+    """
+    if target.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"--hf and --megatron: {target} is in {source}; name a directory beside it")
+    try:
+        exists = target.exists()
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error.strerror})") from None
+    if exists:
+        raise UserError(f"{target}: exists already; remove it or name another directory")
 
 
 def _model_files(megatron: Path) -> Path:
     """The folder with a checkpoint's configuration and tokenizer: in the checkpoint, or the model that the run used."""
     if (megatron / MODEL_FILES).is_dir():
         return megatron / MODEL_FILES
-    run = megatron.resolve().parents[1] / "config.toml"
+    run = megatron.resolve().parent.parent / "config.toml"
     where = f"put the model's config.json and tokenizer files into {megatron / MODEL_FILES}"
     if not run.is_file():
         raise UserError(f"{megatron}: holds no {MODEL_FILES} folder and belongs to no run ({run} not found); {where}")
-    path = Path(tomllib.loads(run.read_text())["model"]["path"])
+    try:
+        path = Path(parse_toml(read_text(run), str(run))["model"]["path"])
+    except (KeyError, TypeError):
+        raise UserError(f"{run}: holds no model.path; {where}") from None
     if not (path / "config.json").is_file():
-        raise UserError(f"{run}: model.path = {str(path)!r} holds no config.json any more; {where}")
+        here = "" if path.is_absolute() else f" (looked for in {Path.cwd()}; the run may have begun in another folder)"
+        raise UserError(f"{run}: model.path = {str(path)!r} holds no config.json any more{here}; {where}")
     return path
 
 
@@ -176,12 +236,10 @@ def _new_directory(target: Path, size: int) -> Iterator[Path]:
     The leftovers of an earlier attempt are removed first.
 
     Raises:
-        UserError: ``target`` exists, or its disk has fewer than ``size`` bytes left or fails.
+        UserError: the disk of ``target`` has fewer than ``size`` bytes left or fails.
     """
     rank, _ = _rank_and_world_size()
     staging = target.with_name(f".{target.name}.tmp")
-    if target.exists():
-        raise UserError(f"{target}: exists already; remove it or name another directory")
     _barrier()
     try:
         if rank == 0:

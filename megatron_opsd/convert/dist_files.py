@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import BaseModel
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, create_default_global_save_plan
@@ -40,7 +41,9 @@ from torch.utils.serialization import config
 
 from megatron_opsd.convert.blocks import Block
 from megatron_opsd.errors import UserError
+from megatron_opsd.files import check_folder, read_json
 from megatron_opsd.reliability.pickles import read_metadata
+from megatron_opsd.weights.hf_files import DTYPE_NAMES
 from megatron_opsd.weights.mapping import Shape
 
 _config: Any = config
@@ -118,6 +121,10 @@ class _BlockPlanner(SavePlanner):
         return self._current[1].reshape(self._blocks[wanted].size)
 
 
+class _Format(BaseModel):
+    sharded_backend: str
+
+
 class DistReader:
     """Reads blocks of a checkpoint that was written with any layout.
 
@@ -126,15 +133,12 @@ class DistReader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            config = json.loads((path / "metadata.json").read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{path}: not a complete distributed checkpoint of Megatron: metadata.json cannot be read ({error})"
-            ) from error
+        remedy = "this is not a complete distributed checkpoint of Megatron"
+        check_folder(path, remedy)
+        written = read_json(path / "metadata.json", _Format, remedy).sharded_backend
+        if written != "torch_dist":
+            raise UserError(f"{path}: its format is {written!r}; only 'torch_dist' can be read")
         metadata = read_metadata(path)
-        if config.get("sharded_backend") != "torch_dist":
-            raise UserError(f"{path}: its format is {config.get('sharded_backend')!r}; only 'torch_dist' can be read")
         self._tensors = {k: v for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
         self._places = metadata.storage_data
         self._prefix = "model." if "model.embedding.word_embeddings.weight" in self._tensors else ""
@@ -150,11 +154,18 @@ class DistReader:
         raise UserError(f"{self.path}: the tensor {keys[0]} is missing; config.json calls for {list(block.shape)}")
 
     def dtype(self, blocks: Sequence[Block]) -> torch.dtype:
-        """The dtype of the model's tensors, which must be the same for all."""
+        """The dtype of all tensors of the model.
+
+        Raises:
+            UserError: they have several, or one that is not of weights.
+        """
         dtypes = {self._tensors[self._key(block)].properties.dtype for block in blocks}
         if len(dtypes) > 1:
             raise UserError(f"{self.path}: has tensors of several dtypes ({', '.join(sorted(map(str, dtypes)))})")
-        return dtypes.pop()
+        (dtype,) = dtypes
+        if dtype not in DTYPE_NAMES:
+            raise UserError(f"{self.path}: its tensors are {dtype}; only {', '.join(DTYPE_NAMES.values())} are weights")
+        return dtype
 
     def check(self, blocks: Sequence[Block]) -> None:
         """Check that all tensors are there, their shapes and the lengths of the files, without reading any tensor.

@@ -104,7 +104,7 @@ class PromptBuilder:
         turn = self.render_chat([{"role": "user", "content": text}], thinking)
         if text.strip() not in turn:
             raise UserError(
-                f"{self._where()}: the chat template leaves out what the prompt says ({excerpt(repr(text))}); use the "
+                f"{self._where()}: the chat template leaves out what the prompt says ({excerpt(text)}); use the "
                 "template of an instruction-tuned checkpoint that shows a turn's text as it is"
             )
         return self._encode(turn)

@@ -28,6 +28,7 @@ def check_weights(path: str, arch: Architecture) -> None:
     """
     reader = HFReader(path)
     reader.check(NameTable(arch).hf_tensors())
+    reader.check_tied_head(arch)
 
 
 def check_tokenizer(prompts: PromptBuilder, arch: Architecture, path: str) -> None:

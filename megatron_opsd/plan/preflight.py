@@ -67,6 +67,7 @@ def check_server(config: Config) -> None:
     check_installed("vllm", VLLM_REMEDY)
     check_rollout_parallel(config, arch, world_size=None)
     prompts = build_prompts(config)
+    contents.check_tokenizer(prompts, arch, config.model.path)
     check_lengths(config, arch, prompts, train=False)
     check_kv_cache(config, arch, max_model_len(config, prompts))
 

@@ -1,6 +1,5 @@
 """Which checkpoint a start goes on from, and whether it may: it must still mean the same training. Without torch."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ def meaning(config: Config) -> dict[str, Any]:
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Settings with another meaning now, such as ``objective.beta: 0.5 -> 0.3``."""
     names = [name for name in before if before[name] != now.get(name)]
-    return [f"{name}: {excerpt(json.dumps(before[name]))} -> {excerpt(json.dumps(now.get(name)))}" for name in names]
+    return [f"{name}: {excerpt(before[name])} -> {excerpt(now.get(name))}" for name in names]
 
 
 def choose(run_dir: RunDir, resume: str) -> Path | None:

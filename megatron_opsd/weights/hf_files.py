@@ -4,82 +4,201 @@ import json
 import math
 import os
 import shutil
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_opsd.errors import UserError
+from megatron_opsd.files import excerpt, read_json
+from megatron_opsd.weights.architecture import Architecture
 from megatron_opsd.weights.mapping import Shape
+from megatron_opsd.weights.model_files import copy_model_files, is_weights
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_BYTES = 5 * 2**30
-_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_LFS_POINTER = b"version https://git-lfs.github.com/"
+_ELEMENTS_AT_ONCE = 2**22  # of two tensors that are compared
+
+
+class _Index(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    weight_map: Annotated[dict[str, str], Field(min_length=1)]
+
+    @field_validator("weight_map")
+    @classmethod
+    def _plain_names(cls, weight_map: dict[str, str]) -> dict[str, str]:
+        for tensor, file in weight_map.items():
+            if not file.endswith(".safetensors") or set(file) & set("/\\\0"):
+                raise ValueError(f"weight_map.{tensor} = {excerpt(file)}: must be a .safetensors file in this folder")
+        return weight_map
 
 
 class HFReader:
-    """Reads slices of a checkpoint's tensors without reading the rest (single file or sharded)."""
+    """Reads slices of a checkpoint's tensors without reading the rest (single file or sharded).
+
+    Raises:
+        UserError: there are no weights, the index is broken or names files that are not there.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._files: dict[str, safe_open] = {}
-        if (self.path / INDEX).is_file():
-            self._file_of: dict[str, str] = json.loads((self.path / INDEX).read_text())["weight_map"]
-        elif (self.path / SINGLE).is_file():
+        if (self.path / INDEX).exists():
+            self._file_of = read_json(self.path / INDEX, _Index, "download it again").weight_map
+            self._check_files(sorted(set(self._file_of.values())))
+        elif (self.path / SINGLE).exists():
             self._file_of = dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
         else:
-            raise UserError(f"{self.path}: holds neither {INDEX} nor {SINGLE}; model.path needs safetensors weights")
+            raise UserError(f"{self.path}: holds neither {INDEX} nor {SINGLE}{self._other_weights()}")
+
+    def _check_files(self, files: list[str]) -> None:
+        missing = [file for file in files if not (self.path / file).exists()]
+        if missing:
+            raise UserError(
+                f"{self.path / missing[0]}: no such file; {len(missing)} of the {len(files)} files that {INDEX} names "
+                "are missing; download them again"
+            )
+        if SINGLE not in files and (self.path / SINGLE).exists():  # which transformers would read instead
+            raise UserError(
+                f"{self.path}: holds {SINGLE} and another model in the files that {INDEX} names; remove one of them"
+            )
+
+    def _other_weights(self) -> str:
+        others = sorted(file.name for file in self.path.iterdir() if is_weights(file))
+        if not others:
+            return "; model.path needs safetensors weights"
+        if others[0].endswith(".safetensors"):
+            return f", but {others[0]}; model.path needs a whole model's weights with their index"
+        return f", but {others[0]}; let transformers load the model and save it with save_pretrained as safetensors"
 
     def _open(self, file: str) -> safe_open:
         if file not in self._files:
+            path = self.path / file
             try:
-                self._files[file] = safe_open(self.path / file, framework="pt")
+                self._files[file] = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise UserError(f"{self.path / file}: not a readable safetensors file ({error})") from error
+                if path.is_dir():
+                    raise UserError(f"{path}: is a folder, and a safetensors file is needed") from None
+                if isinstance(error, SafetensorError) and _is_lfs_pointer(path):
+                    raise UserError(f"{path}: is a git-lfs pointer to the weights; run `git lfs pull`") from None
+                raise UserError(f"{path}: not a readable safetensors file ({error}); download it again") from error
         return self._files[file]
 
     def check(self, expected: dict[str, Shape]) -> None:
-        """Compare names and shapes with those that the architecture requires.
+        """Compare names, shapes and dtypes with those that the architecture requires.
+
+        It reads each file's header once and no weights: a second for 100 000 tensors.
 
         Raises:
-            UserError: a tensor is missing, unexpected or has the wrong shape; names the first one.
+            UserError: a file is cut, or a tensor is missing, unexpected, of the wrong shape or not of a dtype of
+                weights; names the first one.
         """
+        self._check_index()
         for name, shape in expected.items():
             if name not in self._file_of:
-                raise UserError(f"{self.path}: the tensor {name} is missing; config.json calls for {list(shape)}")
-            file = self._file_of[name]
-            found = tuple(self._open(file).get_slice(name).get_shape())
-            if found != shape:
-                raise UserError(
-                    f"{self.path / file}: {name} has the shape {list(found)}; config.json calls for {list(shape)}"
+                remedy = (
+                    "if the model has none, set tie_word_embeddings = true" if name == HEAD else "download it again"
                 )
-        extra = sorted(self._file_of.keys() - expected.keys() - {"lm_head.weight"})
+                raise UserError(
+                    f"{self.path}: the tensor {name} is missing; config.json calls for {list(shape)}; {remedy}"
+                )
+            self._check_tensor(name, shape)
+        extra = sorted(self._file_of.keys() - expected.keys() - {HEAD})
         if extra:
-            raise UserError(f"{self.path}: {len(extra)} tensors the architecture does not have, first {extra[0]}")
+            raise UserError(
+                f"{self.path}: {len(extra)} tensors the architecture does not have, first {extra[0]}; config.json is "
+                "of another model"
+            )
+        if HEAD in self._file_of and HEAD not in expected:  # of a tied model: see check_tied_head
+            self._check_tensor(HEAD, expected[EMBEDDING])
+
+    def _check_index(self) -> None:
+        """The index and the files say the same: other programs read all that is in the files."""
+        listed: dict[str, set[str]] = defaultdict(set)
+        for name, file in self._file_of.items():
+            listed[file].add(name)
+        for file, names in sorted(listed.items()):
+            held = set(self._open(file).keys())
+            if ghosts := sorted(names - held):
+                raise UserError(
+                    f"{self.path / INDEX}: says that {ghosts[0]} is in {file}, which has no such tensor; download both"
+                )
+            if unlisted := sorted(held - names):
+                raise UserError(
+                    f"{self.path / file}: holds {unlisted[0]}, which {INDEX} does not place there; download both"
+                )
+
+    def _check_tensor(self, name: str, shape: Shape) -> None:
+        file, tensor = self.path / self._file_of[name], self._slice(name)
+        found, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
+        if dtype not in DTYPE_NAMES.values():
+            raise UserError(
+                f"{file}: {name} has the dtype {dtype}; only {', '.join(DTYPE_NAMES.values())} are weights: choose the "
+                "model that is not quantised"
+            )
+        if found != shape:
+            raise UserError(f"{file}: {name} has the shape {list(found)}; config.json calls for {list(shape)}")
+
+    def check_tied_head(self, arch: Architecture) -> None:
+        """Where a tied model's files have a head, compare it with the embedding, some rows at a time.
+
+        Other programs take such a head, and we would drop it. Call it after :meth:`check`: it reads both tensors.
+
+        Raises:
+            UserError: they differ.
+        """
+        if not arch.share_embeddings_and_output_weights or HEAD not in self._file_of:
+            return
+        head, embedding = self._slice(HEAD), self._slice(EMBEDDING)
+        step = max(1, _ELEMENTS_AT_ONCE // arch.hidden_size)
+        for start in range(0, arch.vocab_size, step):
+            ours, theirs = (tensor[start : start + step].view(torch.uint8) for tensor in (embedding, head))
+            if not torch.equal(ours, theirs):
+                raise UserError(
+                    f"{self.path / self._file_of[HEAD]}: {HEAD} differs from {EMBEDDING}, and config.json ties them; "
+                    "set tie_word_embeddings = false in it"
+                )
+
+    def dtypes(self) -> list[str]:
+        """The names of the tensors' dtypes."""
+        return sorted({self._slice(name).get_dtype() for name in self._file_of})
 
     def dtype(self) -> torch.dtype:
         """The dtype of all tensors.
 
         Raises:
-            UserError: the tensors have several dtypes, or one that is not supported.
+            UserError: the tensors have several dtypes.
         """
-        names = sorted({self._open(file).get_slice(name).get_dtype() for name, file in self._file_of.items()})
-        known = [dtype for dtype, name in _NAMES.items() if [name] == names]
+        names = self.dtypes()
+        known = [dtype for dtype, name in DTYPE_NAMES.items() if [name] == names]
         if not known:
             raise UserError(f"{self.path}: its tensors are {', '.join(names)}; choose one of them with --dtype")
         return known[0]
 
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows ``start:stop`` along ``dim`` of a tensor (all of it where ``dim`` is None)."""
-        tensor = self._open(self._file_of[name]).get_slice(name)
+        tensor = self._slice(name)
         if dim is None:
             return tensor[:]
         return tensor[(slice(None),) * dim + (slice(start, stop),)]
+
+    def _slice(self, name: str) -> Any:
+        return self._open(self._file_of[name]).get_slice(name)
+
+
+def _is_lfs_pointer(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(len(_LFS_POINTER)) == _LFS_POINTER
 
 
 def shard_name(index: int, count: int) -> str:
@@ -94,15 +213,6 @@ def write_index(path: Path, shards: Sequence[Iterable[str]], total_size: int) ->
         (path / INDEX).write_text(json.dumps(index, indent=2))
 
 
-def copy_model_files(source: Path, target: Path, dtype: torch.dtype) -> None:
-    """Copy configuration, tokenizer and generation files: everything but weights and their index."""
-    target.mkdir(exist_ok=True)
-    for file in source.iterdir():
-        if file.is_file() and file.suffix not in {".safetensors", ".bin", ".pt", ".pth"} and file.name != INDEX:
-            shutil.copyfile(file, target / file.name)
-    _set_dtype(target / "config.json", dtype)
-
-
 class ShardWriter:
     """Writes a safetensors file. Its tensors come in order and in parts, so no whole tensor has to be in memory."""
 
@@ -111,7 +221,7 @@ class ShardWriter:
         end = 0
         for name, shape in tensors.items():
             start, end = end, end + math.prod(shape) * dtype.itemsize
-            header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
+            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)  # the format requires aligned tensors
         self._file = file.open("wb")
@@ -131,8 +241,8 @@ class ShardWriter:
 
 
 def write_hf(tensors: Iterable[tuple[str, Tensor]], source: Path, target: Path, dtype: torch.dtype) -> None:
-    """Write ``tensors`` as a Hugging Face directory: safetensors shards of at most 5 GiB, index, and the
-    configuration, tokenizer and generation files of ``source``. The directory gets its name when it is complete."""
+    """Write ``tensors`` as a Hugging Face directory: safetensors shards of at most 5 GiB in ``dtype``, index, and what
+    ``source`` has beside its weights. The directory gets its name when it is complete."""
     staging = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -142,7 +252,11 @@ def write_hf(tensors: Iterable[tuple[str, Tensor]], source: Path, target: Path, 
     size = total = 0
 
     def flush() -> None:
-        save_file(pending, staging / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shapes = {name: tuple(tensor.shape) for name, tensor in pending.items()}
+        writer = ShardWriter(staging / f"shard-{len(shards)}", shapes, dtype)
+        for tensor in pending.values():
+            writer.write(tensor)
+        writer.close()
         shards.append(list(pending))
         pending.clear()
 
@@ -150,7 +264,7 @@ def write_hf(tensors: Iterable[tuple[str, Tensor]], source: Path, target: Path, 
         if pending and size + tensor.nbytes > SHARD_BYTES:
             flush()
             size = 0
-        pending[name] = tensor.cpu().contiguous()
+        pending[name] = tensor.to("cpu", dtype)
         size += tensor.nbytes
         total += tensor.nbytes
     flush()
@@ -160,10 +274,3 @@ def write_hf(tensors: Iterable[tuple[str, Tensor]], source: Path, target: Path, 
     if target.exists():
         shutil.rmtree(target)
     staging.rename(target)
-
-
-def _set_dtype(config_file: Path, dtype: torch.dtype) -> None:
-    config = json.loads(config_file.read_text())
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    config[key] = str(dtype).removeprefix("torch.")
-    config_file.write_text(json.dumps(config, indent=2) + "\n")

@@ -95,6 +95,32 @@ def test_dtype_switch(model: Path, tmp_path: Path, dtype: str) -> None:
     assert config["dtype"] == str(DTYPES[dtype]).removeprefix("torch.")
 
 
+def test_checkpoint_of_a_run(
+    model: Path, megatron: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no configuration of its own: the run's config.toml says which model it was."""
+    step, toml = tmp_path / "run" / "checkpoints" / "step_000001", tmp_path / "run" / "config.toml"
+    shutil.copytree(megatron, step)
+    shutil.rmtree(step / "hf")
+    for text, message in (
+        ("[model", f"{toml}: not valid TOML"),
+        ("a = " + "[" * 9000, f"{toml}: not valid TOML (nested too deeply)"),
+        ("", f"{toml}: holds no model.path; put the model's config.json"),
+        ("model = 1", f"{toml}: holds no model.path"),
+        ("[model]\npath = 1", f"{toml}: holds no model.path"),
+        ('[model]\npath = "/none"', f"{toml}: model.path = '/none' holds no config.json any more; put"),
+        ('[model]\npath = "none"', f"model.path = 'none' holds no config.json any more (looked for in {Path.cwd()}"),
+    ):
+        toml.write_text(text)
+        assert message in fails(capsys, "megatron-to-hf", tmp_path / "back", step)
+    toml.write_bytes(b'[model]\npath = "\xe9"')
+    assert f"{toml}: is not UTF-8" in fails(capsys, "megatron-to-hf", tmp_path / "back", step)
+    toml.write_text('[model]\npath = "model"')
+    monkeypatch.chdir(tmp_path)
+    megatron_to_hf(step, Path("new", "parents", "back"), verify=True)
+    assert_same(tmp_path / "new" / "parents" / "back", read_all(model))
+
+
 def test_shards_and_other_files(model: Path, megatron: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sharded directories are written and read; the checkpoint needs nothing else to become one."""
     wanted = read_all(model)
@@ -185,7 +211,7 @@ def test_refused_checkpoints(model: Path, megatron: Path, tmp_path: Path, capsys
     right = json.loads(config.read_text())
     config.write_text(json.dumps(right | {"hidden_size": 128}))
     assert "has the shape [500, 64]; config.json calls for [500, 128]" in line()
-    config.write_text(json.dumps(right | {"model_type": "qwen2", "head_dim": None}))
+    config.write_text(json.dumps(right | {"model_type": "qwen2", "head_dim": None, "architectures": None}))
     assert "linear_qkv.bias is missing; config.json calls for" in line()
     config.write_text(json.dumps(right))
     data = weights.read_bytes()

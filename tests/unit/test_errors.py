@@ -119,6 +119,7 @@ def test_layouts_of_experts(
     shutil.copytree(ARITHMETIC / "base", model)
     file = model / "config.json"
     moe = {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 25}
+    moe["architectures"] = ["Qwen3MoeForCausalLM"]
     file.write_text(json.dumps(json.loads(file.read_text()) | moe))
     test_check_says_it_in_one_line(config, ["--model.path", str(model), *overrides], expected, capsys)
 

@@ -36,9 +36,12 @@ PURE = {
     "weights/mapping.py": {"torch", "megatron_opsd.weights.architecture", "megatron_opsd.weights.tables"},
     "weights/architecture.py": {
         "megatron_opsd.errors",
+        "megatron_opsd.files",
+        "megatron_opsd.weights.hf_config",
         "megatron_opsd.weights.published",
         "megatron_opsd.weights.tables",
     },
+    "weights/hf_config.py": {"pydantic", "megatron_opsd.files", "megatron_opsd.weights.tables"},
     "weights/published.py": set(),
     "weights/tables.py": set(),
 }

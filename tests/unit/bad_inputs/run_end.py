@@ -16,20 +16,20 @@ def not_complete(inputs: Inputs) -> None:
 
 
 ROWS = [
-    changed("another kind of divergence", "objective.kind", "reverse_kl", '"jsd"', '"reverse_kl"'),
+    changed("another kind of divergence", "objective.kind", "reverse_kl", "'forward_kl'", "'reverse_kl'"),
     changed("another beta", "objective.beta", "0.3", "0.5", "0.3"),
     changed("another temperature", "objective.temperature", "2.0", "1.0", "2.0"),
-    changed("another way to clip", "objective.clip_mode", "none", '"saturate"', '"none"'),
+    changed("another way to clip", "objective.clip_mode", "none", "'saturate'", "'none'"),
     changed("another clip", "objective.clip", "0.5", "0.05", "0.5"),
-    changed("another mean", "objective.normalization", "sequence", '"token"', '"sequence"'),
-    changed("another context", "method.context", "answer", '"solution"', '"answer"'),
+    changed("another mean", "objective.normalization", "sequence", "'token'", "'sequence'"),
+    changed("another context", "method.context", "answer", "'solution'", "'answer'"),
     changed(
-        "other responses", "method.train_on", '["right"]', '["right", "wrong", "unfinished", "unknown"]', '["right"]'
+        "other responses", "method.train_on", '["right"]', "['right', 'wrong', 'unfinished', 'unknown']", "['right']"
     ),
-    changed("another teacher", "teacher.kind", "live", '"frozen"', '"live"'),
-    changed("a teacher that thinks", "prompts.teacher_thinking", "true", "false", "true"),
-    changed("another prompt", "prompts.student_template", "{problem}!", '"Problem: {problem}', '"{problem}!"'),
-    changed("a prefix", "prompts.teacher_prefix", "<think>", '""', '"<think>"'),
+    changed("another teacher", "teacher.kind", "live", "'frozen'", "'live'"),
+    changed("a teacher that thinks", "prompts.teacher_thinking", "true", "False", "True"),
+    changed("another prompt", "prompts.student_template", "{problem}!", "'Problem: {problem}", "'{problem}!'"),
+    changed("a prefix", "prompts.teacher_prefix", "<think>", "''", "'<think>'"),
     changed("other tokens skipped", "prompts.skip_first_tokens", "2", "0", "2"),
     changed("another seed", "train.seed", "5", "0", "5"),
     Bad(
