@@ -14,6 +14,7 @@ from typing import NoReturn
 from megatron_opsd.config import Config
 from megatron_opsd.config_file import add_overrides, fields, load_config, nearest_name
 from megatron_opsd.errors import UserError
+from megatron_opsd.files import check_writable
 from megatron_opsd.reliability.run_dir import RunDir
 from megatron_opsd.torchrun import leave_for_report, start_ranks
 
@@ -171,6 +172,8 @@ def _evaluate(config: Config, options: argparse.Namespace) -> None:
         sys.exit(_start_ranks("evaluate", options))
     if config.evaluate.data is None:
         raise UserError("evaluate.data.path is missing; set it in the file or with --evaluate.data.path")
+    if options.out:
+        check_writable(options.out, "--out")
     _preflight(config, train=False)
     from megatron_opsd.evaluate import evaluate_checkpoint
 

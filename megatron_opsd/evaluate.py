@@ -1,10 +1,13 @@
 """Greedy accuracy and Avg@k of whatever weights an engine holds."""
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_opsd.config import Config, ParallelConfig
 from megatron_opsd.data.datasets import read_held_out
@@ -22,6 +25,8 @@ from megatron_opsd.weights.mapping import NameTable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+SPEAK_SECONDS = 30.0  # between two lines of progress where there is no terminal
 
 
 def evaluate(
@@ -84,6 +89,38 @@ def grade(
     return [parts[i % world_size][i // world_size] for i in range(len(rollouts))]
 
 
+class _Progress:
+    """Shows on rank 0 how many responses are written, and the time left."""
+
+    def __init__(self, engine: Engine, total: int, rank: int) -> None:
+        columns = (TextColumn("responses"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
+        self._engine, self._before, self._last, self._said = engine, 0, 0, time.monotonic()
+        self._bar = Progress(*columns, disable=rank > 0 or not Console().is_terminal)
+        self._task = self._bar.add_task("", total=total)
+        self._speaks = rank == 0 and not Console().is_terminal
+        self._start, self._total = time.monotonic(), total
+
+    def update(self) -> bool:
+        """Called by the engine while it writes. Returns False: an evaluation is never given up."""
+        if self._engine.finished < self._last:  # another call of ``generate``
+            self._before += self._last
+        self._last = self._engine.finished
+        done, now = min(self._before + self._last, self._total), time.monotonic()
+        self._bar.update(self._task, completed=done)
+        if self._speaks and done and now - self._said >= SPEAK_SECONDS:
+            self._said = now
+            left = (now - self._start) * (self._total / done - 1)
+            print(f"{done} of {self._total} responses are written; about {left / 60:.1f} minutes left", flush=True)
+        return False
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / max(1, len(values))
 
@@ -102,7 +139,8 @@ def evaluate_checkpoint(config: Config, out: Path | None) -> Evaluation:
     reader.check_tied_head(table.arch)
     engine = build_engine(config, max_model_len(config, prompts))
     engine.update_weights(((name, reader.read(name)) for name in expected), version=0)
-    evaluation = evaluate(engine, prompts, examples, config)
+    with _Progress(engine, len(examples) * (1 + config.evaluate.samples), layout.rank) as progress:
+        evaluation = evaluate(engine, prompts, examples, config, progress.update)
     if layout.rank == 0:
         if out:
             write_jsonl(out, evaluation.records)

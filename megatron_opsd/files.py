@@ -2,6 +2,8 @@
 
 import codecs
 import json
+import os
+import socket
 import stat
 import tomllib
 from pathlib import Path
@@ -41,6 +43,32 @@ def check_folder(path: Path, remedy: str = "correct the path") -> None:
         raise UserError(f"{path}: no such directory; {remedy}") from None
     if not stat.S_ISDIR(mode):
         raise UserError(f"{path}: is a file, and a directory is needed; {remedy}")
+
+
+def check_writable(file: Path, option: str) -> None:
+    """Check, by writing beside it, that a file can be written later.
+
+    Raises:
+        UserError: it is a folder, or its folder cannot be made or written to.
+    """
+    if file.is_dir():
+        raise UserError(f"{option} = {file}: is a folder, and a file is needed; name a file in it")
+    existing = next(parent for parent in file.absolute().parents if os.path.lexists(parent))
+    try_to_write(existing, f"{option} = {file}")
+
+
+def try_to_write(folder: Path, what: str) -> None:
+    """Write a file into a folder, and remove it again. ``what``: for which setting.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    probe = folder / f".probe.{socket.gethostname()}.{os.getpid()}"
+    try:
+        probe.write_bytes(bytes(4096))
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{what}: cannot write to {folder} ({error.strerror}); choose another folder") from None
 
 
 def read_bytes(file: Path, remedy: str = "correct the path") -> bytes:

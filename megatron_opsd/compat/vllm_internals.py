@@ -3,12 +3,19 @@
 vLLM is imported only inside functions, because its environment variables have to be set before that.
 """
 
+import logging
 import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+
+_log = logging.getLogger(__name__)
 
 
 def before_reload(model: nn.Module, model_config: Any) -> None:
@@ -35,6 +42,30 @@ def after_reload(model: nn.Module) -> None:
     if not torch.cuda.is_available():
         head = model.get_submodule("lm_head")
         head.quant_method.process_weights_after_loading(head)  # type: ignore[union-attr, operator]
+
+
+@contextmanager
+def without_numa_warnings() -> Iterator[None]:
+    """Around the start of an engine on CPU: C++ then says on stderr where memory is, of which nobody makes any use.
+
+    What else it writes there goes to the log.
+    """
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    try:
+        with tempfile.TemporaryFile() as written:
+            os.dup2(written.fileno(), 2)
+            try:
+                yield
+            finally:
+                sys.stderr.flush()
+                os.dup2(stderr, 2)
+                written.seek(0)
+                for line in written.read().decode(errors="replace").splitlines():
+                    if "NUMA" not in line:
+                        _log.warning(line)
+    finally:
+        os.close(stderr)
 
 
 def repair_shared_memory() -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import socket
 import stat
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Literal
 
 from megatron_opsd import events
 from megatron_opsd.errors import UserError
+from megatron_opsd.files import try_to_write
 from megatron_opsd.reliability.run_lock import RunLock
 
 _MEASURED = ("seconds_", "memory_", "tokens_per_second")  # metrics of the machine, not of the training
@@ -61,9 +61,9 @@ class RunDir:
             if folder.exists() and not folder.is_dir():
                 raise UserError(f"{field}: {folder} is no folder, where the run makes one; move it away")
         existing = next(parent for parent in (self.path, *self.path.absolute().parents) if os.path.lexists(parent))
-        _try_to_write(existing, field)
+        try_to_write(existing, field)
         if self.checkpoints.exists():
-            _try_to_write(self.checkpoints, field)
+            try_to_write(self.checkpoints, field)
         if existing == self.path and self.path.stat().st_mode & stat.S_IWOTH:
             raise UserError(f"{field}: anybody may write to it; chmod o-w {self.path}")
 
@@ -113,15 +113,6 @@ class RunDir:
             {name: value for name, value in line.items() if not name.startswith(_MEASURED)}
             for line in read_jsonl(self.metrics)
         ]
-
-
-def _try_to_write(folder: Path, field: str) -> None:
-    probe = folder / f".probe.{socket.gethostname()}.{os.getpid()}"
-    try:
-        probe.write_bytes(bytes(4096))
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"{field}: cannot write to {folder} ({error.strerror}); choose another folder") from None
 
 
 def complete_lines(file: Path) -> list[str]:

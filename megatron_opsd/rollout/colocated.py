@@ -4,6 +4,7 @@ import atexit
 import itertools
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from functools import cache, partial
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_opsd.compat.vllm_internals import after_reload, before_reload, repair_shared_memory, sleeping_bytes
+from megatron_opsd.compat.vllm_internals import (
+    after_reload,
+    before_reload,
+    repair_shared_memory,
+    sleeping_bytes,
+    without_numa_warnings,
+)
 from megatron_opsd.config import Config
 from megatron_opsd.errors import StepAbortedError
 from megatron_opsd.rollout.engine import RefitError, Sampling
@@ -36,6 +43,7 @@ class ColocatedVLLM:
         self._group = _join_group(size) if size > 1 else None
         self._can_sleep = torch.cuda.is_available()
         self._version = -1
+        self.finished = 0
         self._asleep: set[str] = set()
         atexit.register(self._wake_up_all)  # also if a guard or a user's mistake ends the run
 
@@ -67,6 +75,7 @@ class ColocatedVLLM:
     def _run(self, requests: list[str], should_abort: Callable[[], bool]) -> list[Rollout] | None:
         """The rollouts of all requests in order, or None if all ranks of this engine abandoned them."""
         engine, outputs = self._llm.llm_engine, []
+        self.finished = 0
         for step in itertools.count():
             if not engine.has_unfinished_requests():
                 return [self._rollout(output.outputs[0]) for output in sorted(outputs, key=lambda o: int(o.request_id))]
@@ -76,6 +85,7 @@ class ColocatedVLLM:
                 engine.abort_request(requests, internal=True)
                 return None
             outputs += [output for output in engine.step() if output.finished]
+            self.finished = len(outputs) * self._engines  # the others are about as far
         raise AssertionError
 
     def _rollout(self, completion: "object") -> Rollout:
@@ -153,8 +163,10 @@ def import_vllm() -> "type[LLM]":
 
 
 def _start(config: Config, max_model_len: int) -> "LLM":
-    return import_vllm()(
-        **engine_arguments(config, max_model_len),
-        distributed_executor_backend="external_launcher",
-        enable_sleep_mode=torch.cuda.is_available(),
-    )
+    on_gpu = torch.cuda.is_available()
+    with nullcontext() if on_gpu else without_numa_warnings():
+        return import_vllm()(
+            **engine_arguments(config, max_model_len),
+            distributed_executor_backend="external_launcher",
+            enable_sleep_mode=on_gpu,
+        )

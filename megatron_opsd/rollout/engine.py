@@ -28,7 +28,12 @@ class RefitError(RuntimeError):
 
 
 class Engine(Protocol):
-    """All ranks call each method together."""
+    """All ranks call each method together.
+
+    finished: how many responses of the last ``generate`` are written, as far as this rank can tell.
+    """
+
+    finished: int
 
     def generate(
         self,
@@ -74,6 +79,8 @@ class Engine(Protocol):
 
 class AlwaysAwake:
     """Sleep methods for an :class:`Engine` that uses no memory of the training processes' devices: they do nothing."""
+
+    finished = 0
 
     def sleep(self) -> None: ...
 

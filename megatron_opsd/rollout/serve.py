@@ -4,6 +4,7 @@ import hmac
 import ipaddress
 import json
 import os
+import socket
 import sys
 from typing import Any
 
@@ -38,13 +39,14 @@ def serve(config: Config, max_model_len: int, host: str, port: int) -> None:
     """Replace this process by the server, so that signals reach vLLM.
 
     Raises:
-        UserError: other machines can reach ``host``, and there is no key.
+        UserError: other machines can reach ``host``, and there is no key; or the port is in use.
     """
     if not is_loopback(host) and not os.environ.get(KEY_VARIABLE):
         raise UserError(
             f"--host {host}: other machines could reach this server and change its weights; set the environment "
             f"variable {KEY_VARIABLE} to a secret here and where the run trains, or serve on 127.0.0.1"
         )
+    _check_port(host, port)
     prepare_environment()
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # only this mode has the paths for weights
     arguments = {
@@ -61,6 +63,18 @@ def serve(config: Config, max_model_len: int, host: str, port: int) -> None:
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *as_flags(arguments)]
     sys.stdout.flush()
     os.execv(sys.executable, command)
+
+
+def _check_port(host: str, port: int) -> None:
+    if not 0 < port < 2**16:
+        raise UserError(f"--port = {port}: must be between 1 and 65535")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server that has just ended holds no port
+            probe.bind(address)
+    except OSError as error:
+        raise UserError(f"--host {host} --port {port}: cannot listen there ({error.strerror}); name another") from None
 
 
 def is_loopback(host: str) -> bool:

@@ -176,6 +176,7 @@ class ServedVLLM(AlwaysAwake):
     async def _write_all(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Rollout]:
         """Distribute the prompts over the healthy servers. If one fails, the others get its prompts."""
         rollouts: dict[int, Rollout] = {}
+        self.finished = 0
         waiting = deque(range(len(prompts)))
         running: dict[asyncio.Task[Any], tuple[ServerClient, int]] = {}
         dropped: list[asyncio.Task[Any]] = []
@@ -207,6 +208,7 @@ class ServedVLLM(AlwaysAwake):
                         self._lose(server, failure, len(unfinished))
                     else:
                         rollouts[index] = task.result()
+                        self.finished = len(rollouts)
                         server.in_flight -= 1
                         del running[task]
         finally:

@@ -1,0 +1,79 @@
+"""Options of the commands, and the configuration's names."""
+
+from . import Bad
+
+
+def settings(what: str, says: list[str], *options: str, command: str = "check") -> Bad:
+    return Bad(what, says, command=(command, *options))
+
+
+ROWS = [
+    settings("a number of ranks below one", ["--nproc = 0", "at least 1"], "--nproc", "0", command="train"),
+    settings("no number of ranks", ["--nproc", "'two'", "opsd train --help"], "--nproc", "two", command="train"),
+    Bad(
+        "ranks twice",
+        ["--nproc = 2", "torchrun has started ranks already"],
+        command=("train", "--nproc", "2"),
+        environment={"RANK": "0"},
+    ),
+    Bad(
+        "a folder for the responses",
+        ["--out = {folder}/model", "is a folder", "name a file in it"],
+        command=("evaluate", "--out", "{folder}/model"),
+    ),
+    Bad(
+        "responses below a file",
+        ["--out = ", "run.toml", "Not a directory", "choose another folder"],
+        command=("evaluate", "--out", "{folder}/run.toml/out.jsonl"),
+    ),
+    settings("the kernel's files", ["--out", "/proc"], "--out", "/proc/out.jsonl", command="evaluate"),
+    Bad(
+        "nothing to evaluate on",
+        ["evaluate.data.path is missing", "--evaluate.data.path"],
+        lambda i: i.write("run.toml", "\n".join(x for x in i.toml.read_text().splitlines() if "test.jsonl" not in x)),
+        command=("evaluate",),
+    ),
+    settings("a port that is none", ["--port = 70000", "between 1 and 65535"], "--port", "70000", command="serve"),
+    settings("port 0", ["--port = 0", "between 1 and 65535"], "--port", "0", command="serve"),
+    settings("a server for all", ["--host 0.0.0.0", "OPSD_API_KEY"], "--host", "0.0.0.0", command="serve"),
+    Bad(
+        "no such host",
+        ["--host 256.1.1.1 --port 8123", "cannot listen", "name another"],
+        command=("serve", "--host", "256.1.1.1", "--port", "8123"),
+        environment={"OPSD_API_KEY": "a secret"},
+    ),
+    settings("a learning rate by meaning", ["--learning_rate", "is --optim.lr"], "--learning_rate", "1"),
+    settings("in another section", ["--train.lr: unknown option", "is --optim.lr"], "--train.lr", "1"),
+    settings("tp", ["--tp", "is --parallel.tensor_model_parallel_size"], "--tp", "2"),
+    settings("dashes", ["is --rollout.max_response_tokens"], "--rollout.max-new-tokens", "2"),
+    settings("a misspelt setting", ["--optim.lrr", "is --optim.lr"], "--optim.lrr", "1"),
+    settings("a misspelt option", ["--world-sise", "is --world-size"], "--world-sise", "1"),
+    settings("no command", ["invalid choice: 'chek'", "opsd --help"], command="chek"),
+    Bad(
+        "a name by meaning in the file",
+        ["run.toml: optim.learning_rate: unknown key", "is optim.lr"],
+        lambda i: i.write("run.toml", i.toml.read_text() + "[optim]\nlearning_rate = 1.0\n"),
+    ),
+    Bad(
+        "a section by another name",
+        ["run.toml: training: unknown key", "is train"],
+        lambda i: i.write("run.toml", i.toml.read_text() + "[training]\nsteps = 1\n"),
+    ),
+    settings("text for a number", ["--optim.lr = 'fast'", "number"], "--optim.lr", "fast"),
+    settings("a number for text", ["--model.dtype = 16", "'bfloat16' or 'float32'"], "--model.dtype", "16"),
+    settings("half a step", ["--train.steps = 1.5", "integer"], "--train.steps", "1.5"),
+    settings("a word for yes", ["--checkpoint.export_hf = 'yes'", "boolean"], "--checkpoint.export_hf", "yes"),
+    settings(
+        "no GPU",
+        ["--nodes = 0", "greater than 0"],
+        *["--nodes", "0", "--gpus-per-node", "8", "--gpu-memory-gib", "80"],
+        command="plan",
+    ),
+    settings(
+        "no memory",
+        ["--gpu-memory-gib = -1.0"],
+        *["--nodes", "1", "--gpus-per-node", "8", "--gpu-memory-gib", "-1"],
+        command="plan",
+    ),
+    settings("half a cluster", ["required", "--gpus-per-node", "opsd plan --help"], "--nodes", "1", command="plan"),
+]
