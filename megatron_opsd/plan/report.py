@@ -39,6 +39,7 @@ def as_json(plan: Plan, remedies: list[Remedy]) -> dict[str, Any]:
         "fits": plan.fits,
         "shortfall": plan.shortfall,
         "fullest_stage": plan.fullest,
+        "disk": plan.disk,
         "remedies": [
             {
                 "changes": remedy.changes,
@@ -92,7 +93,6 @@ def _facts(config: Config, plan: Plan) -> list[tuple[str, str]]:
     known = "; by its name, for lack of a config.json" if plan.is_published else ""
     teacher = " ".join(filter(None, (config.teacher_kind, config.teacher.placement))) if config.teacher_kind else "none"
     teacher_length = f"{batch.teacher_length:,}" if batch.teacher_length else "none"
-    host = f" to {_gib(plan.pinned_host_memory)} GiB of each node's host memory" if plan.pinned_host_memory else ""
     return [
         ("model", f"{plan.model}, {plan.total_parameters / 1e9:.2f} B parameters, {config.model.dtype}{known}"),
         (
@@ -103,7 +103,7 @@ def _facts(config: Config, plan: Plan) -> list[tuple[str, str]]:
         ),
         (
             "memory",
-            f"recompute {config.model.recompute}, teacher {teacher}, optimizer {config.optim.placement}{host}",
+            f"recompute {config.model.recompute}, teacher {teacher}, optimizer {config.optim.placement}",
         ),
         (
             "step",
@@ -123,10 +123,30 @@ def _facts(config: Config, plan: Plan) -> list[tuple[str, str]]:
                 )
             ]
         ),
+        *_save_facts(config, plan),
+    ]
+
+
+def _save_facts(config: Config, plan: Plan) -> list[tuple[str, str]]:
+    """What checkpoints ask for."""
+    save, nodes, lead = plan.save_memory, plan.cluster.nodes, config.checkpoint.signal_lead_seconds
+    model = f" and {_gib(plan.hf_export)} GiB the trained model" if plan.hf_export else ""
+    count = plan.most_checkpoints
+    checkpoints = "1 checkpoint" if count == 1 else f"{count} checkpoints, with the one being written,"
+    pinned = ("host", f"{_gib(plan.pinned_host_memory)} GiB of each node's memory pinned, for what is offloaded")
+    if not count:
+        return [("on disk", f"no checkpoints{model}"), pinned]
+    where = f"{save.nodes} of {nodes} nodes" if nodes > 1 else "the node"
+    elsewhere = f" ({_gib(save.elsewhere)} on the others)" if save.elsewhere else ""
+    return [
+        ("on disk", f"{_gib(plan.checkpoint)} GiB a checkpoint (weights, optimizer)"),
+        ("", f"up to {_gib(plan.disk)} GiB in all: {checkpoints}{model}"),
+        ("", f"a save within the signal's lead of {lead:g} s asks for {plan.write_speed / GIB:,.2g} GiB/s"),
+        pinned,
         (
-            "on disk",
-            f"{_gib(plan.checkpoint)} GiB a checkpoint (weights, optimizer), "
-            f"{_gib(plan.hf_export)} GiB the trained model",
+            "",
+            f"a save needs {_gib(save.peak)} GiB on {where} for a moment{elsewhere}, "
+            f"{_gib(save.writing)} until it is written",
         ),
     ]
 
