@@ -234,13 +234,14 @@ def _stages(
     """The stages, and the bytes that each one offloads to the host if the configuration says so."""
     layers = stage_layers(arch, config.model, config.parallel)
     last = len(layers) - 1
+    model = config.model.model_copy(update={"recompute": "none"})  # parameters are the same, and built once
     stages, offloaded = [], []
     for stage, count in enumerate(layers):
         # Stages between the first and the last are alike if they have as many layers: build one for all of them.
         alike = stage if stage in (0, last) else 1 + layers[1:last].index(count)
         parameters = stage_parameters(
             arch,
-            config.model,  # pyright: ignore[reportArgumentType]  # pydantic's frozen models have hashes
+            model,  # pyright: ignore[reportArgumentType]  # pydantic's frozen models have hashes
             config.parallel,  # pyright: ignore[reportArgumentType]
             cluster.world_size,
             alike,

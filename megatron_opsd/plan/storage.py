@@ -1,4 +1,4 @@
-"""What checkpoints ask of disks, of the file system's speed and of the nodes' host memory. docs/plan.md has the sources.
+"""What checkpoints ask for: disk, speed of the file system, the nodes' host memory. docs/plan.md has the sources.
 
 Plain arithmetic on sizes; all results are bytes.
 """
