@@ -88,6 +88,7 @@ def test_the_head_fits_the_recipe(script: Path) -> None:
     assert world_size // stages % layout.expert_model_parallel_size == 0
     assert world_size % config.rollout.tensor_model_parallel_size == 0
     assert config.logging.run_dir == f"runs/{toml.stem}"  # the default of OUT
+    assert asked["signal"] == f"B:USR1@{config.checkpoint.signal_lead_seconds:g}"  # what `opsd plan` reckons with
 
 
 @script
