@@ -6,7 +6,7 @@
 #   OUT              the run's folder, on a shared file system; the same one resumes          (runs/<script's name>)
 #   VENV             a virtual environment with the package                         (.venv of the repository, if any)
 #   CONTAINER_IMAGE  instead of VENV: an image for pyxis, such as a .sqsh file of enroot
-#   CONTAINER_MOUNTS pyxis' --container-mounts          (the repository, OUT, MODEL and the folder of DATA, in place)
+#   CONTAINER_MOUNTS pyxis' --container-mounts    (in place: the repository, OUT, MODEL and the folders of data files)
 #   LOCAL_DISK       a folder on each node's own disk, for caches of compiled kernels                (TMPDIR or /tmp)
 #   MAX_RESTARTS     restarts after crashes in a row without a new checkpoint                                     (3)
 #   OPSD_HOME        the repository, where the job's record does not lead to it
@@ -27,6 +27,15 @@ head_value() { sed -n "s/^#SBATCH --$1=//p" "$script"; } # what the launch scrip
 
 if [ -z "${SLURM_JOB_ID:-}" ]; then
     stop "not in a SLURM job; type 'sbatch $script', or on each node: $(sed -n 's/^# *torchrun /torchrun /p' "$script")"
+fi
+
+# --- Processes of a node: one for each GPU, or for each CPU where the launch script's head asks for no GPUs.
+processes=${SLURM_GPUS_ON_NODE:-0}
+[ -n "${SLURM_CPUS_PER_TASK:-}" ] || stop "SLURM_CPUS_PER_TASK is not set; say sbatch --cpus-per-task=N"
+if [ "$processes" = 0 ]; then
+    [ -z "$(head_value gpus-per-node)" ] ||
+        stop "SLURM_GPUS_ON_NODE is not set: the job got no GPUs; say sbatch --gpus-per-node=N or --gres=gpu:N"
+    processes=$SLURM_CPUS_PER_TASK
 fi
 
 OUT=$(realpath -m "${OUT:-runs/$name}")
@@ -50,9 +59,12 @@ give_up() {
     echo "stopped: $why" >"$OUT/outcome"
     stop "giving up: $why; see above and $OUT/logs for what went wrong"
 }
-checkpoint=$(newest_checkpoint) starts=1
-if read -r job counted seen 2>/dev/null <"$OUT/restarts" && [ "$job" = "$SLURM_JOB_ID" ] &&
-    [ "$seen" = "$checkpoint" ] && [[ $(outcome) != interrupted* ]]; then
+checkpoint=$(newest_checkpoint) starts=1 job= counted= seen=
+read -r job counted seen 2>/dev/null <"$OUT/restarts"
+if [ -n "$job" ] && [ "$job" != "$SLURM_JOB_ID" ]; then
+    living=$(squeue --noheader --jobs="$job" --states=PENDING,RUNNING,SUSPENDED --format=%T 2>/dev/null)
+    [ -z "$living" ] || stop "OUT=$OUT: job $job ($living) trains there; scancel it, or choose another OUT"
+elif [ "$seen" = "$checkpoint" ] && [[ $(outcome) != interrupted* ]]; then
     starts=$((counted + 1))
     [ "$counted" -le "$max_restarts" ] || give_up "$counted"
 fi
@@ -60,11 +72,11 @@ echo "$SLURM_JOB_ID $starts $checkpoint" >"$OUT/restarts" || stop "OUT=$OUT: can
 rm -f "$OUT/outcome"
 
 # --- Where things are.
+source "$OPSD_HOME/launch_scripts/paths.sh"
 container=()
 if [ -n "${CONTAINER_IMAGE:-}" ]; then
-    mounts=$OPSD_HOME:$OPSD_HOME,$OUT:$OUT
-    for path in "${MODEL:-}" "$(dirname "${DATA:-}")"; do [[ $path == /* ]] && mounts+=,$path:$path; done
-    container=(--container-image="$CONTAINER_IMAGE" --container-mounts="${CONTAINER_MOUNTS:-$mounts}")
+    mounts=${CONTAINER_MOUNTS:-$(container_mounts)} || exit
+    container=(--container-image="$CONTAINER_IMAGE" --container-mounts="$mounts")
     container+=(--container-workdir="$OPSD_HOME")
 else
     VENV=${VENV:-$OPSD_HOME/.venv}
@@ -79,19 +91,20 @@ step=
 trap 'say "USR1: the run saves and ends"; [ -z "$step" ] || kill -USR1 $step' USR1
 trap 'say "TERM: SLURM ends the job"' TERM # it tells the ranks itself
 
-# --- The run. A process for each GPU, or for each CPU where the job has no GPUs. Which node gets rank 0 is torchrun's.
+# --- The run. The others meet at the first node's address as SLURM knows it: the node itself may say 127.0.1.1.
 first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-address=$(srun --nodes=1 --ntasks=1 --nodelist="$first_node" hostname --ip-address) # as the others see it
+address=$(scontrol show node "$first_node" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+case $address in '' | 127.* | ::1 | localhost) address=$first_node ;; *:*) address=[$address] ;; esac
 torchrun=(
-    torchrun --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-$SLURM_CPUS_PER_TASK}"
-    --rdzv-backend c10d --rdzv-endpoint "${address%% *}:$((20000 + SLURM_JOB_ID % 10000))"
+    --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "$processes"
+    --rdzv-backend c10d --rdzv-endpoint "$address:$((20000 + SLURM_JOB_ID % 10000))"
     --rdzv-id "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
 )
 say "job $SLURM_JOB_ID, start $starts since checkpoint $checkpoint, on $SLURM_JOB_NODELIST; OUT=$OUT"
 # USR1 would end torchrun. It is for the workers, which have a handler of their own.
 srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" "${container[@]}" \
-    bash -c 'trap "" USR1; exec "$@"' - \
-    "${torchrun[@]}" "$script" --checkpoint.signal_lead_seconds "$signal_lead" "$@" &
+    bash -c 'trap "" USR1; exec torchrun --rdzv-conf "is_host=$((SLURM_NODEID == 0))" "$@"' - \
+    "${torchrun[@]}" "$script" --checkpoint.signal_lead_seconds "$signal_lead" "${arguments[@]}" &
 step=$!
 while kill -0 $step 2>/dev/null; do wait $step; done # a trap ends `wait` early
 

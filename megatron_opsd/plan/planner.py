@@ -1,4 +1,4 @@
-"""Plans a run: memory of every stage in every phase of a step, the shape of the batch and the sizes on disk."""
+"""Plans a run: memory of every stage in every phase of a step, the shape of the batch, and what checkpoints ask for."""
 
 from dataclasses import dataclass
 from math import prod
@@ -9,6 +9,7 @@ from megatron_opsd.plan import formulas
 from megatron_opsd.plan.formulas import ELEMENT, GIB
 from megatron_opsd.plan.preflight import check_batch, check_parallel, check_rollout_parallel
 from megatron_opsd.plan.shards import RankBytes, rank_bytes, stage_layers, stage_parameters
+from megatron_opsd.plan.storage import SaveMemory, most_checkpoints, save_memory, write_speed
 from megatron_opsd.types import Phase
 from megatron_opsd.weights.architecture import Architecture, published_architecture, read_architecture
 from megatron_opsd.weights.mapping import NameTable
@@ -34,11 +35,13 @@ class Cluster:
 class Stage:
     """One rank of a pipeline stage; all ranks of the stage are alike.
 
-    parameters: elements of the student's shard. phases: phase -> what is on the device -> bytes.
+    parameters: elements of the student's shard, of which ``experts`` are experts'. phases: phase -> what is on the
+    device -> bytes.
     """
 
     layers: int
     parameters: int
+    experts: int
     phases: dict[str, dict[str, int]]
 
     @property
@@ -103,7 +106,10 @@ class Plan:
     stages: list[Stage]
     checkpoint: int  # bytes on disk
     hf_export: int
-    pinned_host_memory: int  # bytes a node
+    most_checkpoints: int  # on disk at once, the one being written among them
+    write_speed: float  # bytes a second that a save within checkpoint.signal_lead_seconds asks for
+    pinned_host_memory: int  # bytes a node, for what is offloaded
+    save_memory: SaveMemory
 
     @property
     def fullest(self) -> int:
@@ -130,6 +136,11 @@ class Plan:
     @property
     def fits(self) -> bool:
         return self.shortfall <= 0
+
+    @property
+    def disk(self) -> int:
+        """Bytes on disk at most."""
+        return self.most_checkpoints * self.checkpoint + self.hf_export
 
 
 def find_architecture(path: str) -> tuple[Architecture, bool]:
@@ -174,7 +185,8 @@ def make_plan(config: Config, cluster: Cluster) -> Plan:
     rows = arch.padded_vocab_size(layout.tensor_model_parallel_size) - arch.vocab_size
     tables = 1 if arch.share_embeddings_and_output_weights else 2
     element = ELEMENT[config.model.dtype]
-    average = 4 if config.teacher_kind == "ema" else 0
+    written = element + 12 + (4 if config.teacher_kind == "ema" else 0)  # bytes of a parameter in a checkpoint
+    checkpoint = written * (total + rows * tables * arch.hidden_size)
     return Plan(
         model=Path(config.model.path).name,
         is_published=is_published,
@@ -183,9 +195,19 @@ def make_plan(config: Config, cluster: Cluster) -> Plan:
         batch=batch,
         rollout=rollout,
         stages=stages,
-        checkpoint=(element + 12 + average) * (total + rows * tables * arch.hidden_size),
-        hf_export=element * total,
+        checkpoint=checkpoint,
+        hf_export=element * total if config.checkpoint.export_hf else 0,
+        most_checkpoints=most_checkpoints(config),
+        write_speed=write_speed(config, checkpoint),
         pinned_host_memory=max(offloaded) * cluster.gpus_per_node,
+        save_memory=save_memory(
+            layout,
+            cluster.gpus_per_node,
+            [(stage.parameters - stage.experts, stage.experts) for stage in stages],
+            ranks_of_a_stage,
+            written,
+            config.optim.use_distributed_optimizer,
+        ),
     )
 
 
@@ -212,13 +234,14 @@ def _stages(
     """The stages, and the bytes that each one offloads to the host if the configuration says so."""
     layers = stage_layers(arch, config.model, config.parallel)
     last = len(layers) - 1
+    model = config.model.model_copy(update={"recompute": "none"})  # parameters are the same, and built once
     stages, offloaded = [], []
     for stage, count in enumerate(layers):
         # Stages between the first and the last are alike if they have as many layers: build one for all of them.
         alike = stage if stage in (0, last) else 1 + layers[1:last].index(count)
         parameters = stage_parameters(
             arch,
-            config.model,  # pyright: ignore[reportArgumentType]  # pydantic's frozen models have hashes
+            model,  # pyright: ignore[reportArgumentType]  # pydantic's frozen models have hashes
             config.parallel,  # pyright: ignore[reportArgumentType]
             cluster.world_size,
             alike,
@@ -233,7 +256,8 @@ def _stages(
             config.teacher_kind,
         )
         phases = _phases(config, arch, batch, rollout, kept, stage, layers)
-        stages.append(Stage(count, sum(parameter.numel for parameter in parameters), phases))
+        experts = sum(parameter.numel for parameter in parameters if parameter.is_expert)
+        stages.append(Stage(count, sum(parameter.numel for parameter in parameters), experts, phases))
         offloads = config.teacher.placement == "offload"
         teacher = kept.teacher - kept.teacher_head + kept.average if offloads else 0
         offloaded.append(teacher + (kept.optimizer if config.optim.placement == "offload" else 0))

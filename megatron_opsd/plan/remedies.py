@@ -56,6 +56,11 @@ def apply(config: Config, cluster: Cluster, changes: Changes) -> tuple[Config, C
     return changed, replace(cluster, nodes=changes.get("nodes", cluster.nodes))
 
 
+def options(changes: Changes) -> str:
+    """The changes as options of the command line."""
+    return " ".join(f"--{name} {str(value).lower()}" for name, value in changes.items())
+
+
 def _try(config: Config, cluster: Cluster, plan: Plan, changes: Changes, least: bool = False) -> Remedy | None:
     """The changed plan, if it is possible and needs less memory. ``least``: compare with the smallest KV cache."""
     if not changes:
@@ -90,13 +95,13 @@ def _drop_unneeded(config: Config, cluster: Cluster, plan: Plan, changes: Change
     best: Remedy | None = None
     for name in [None, *changes]:
         fewer = {key: value for key, value in changes.items() if key != name}
-        remedy = _try(config, cluster, plan, _with_utilization(config, cluster, fewer))
+        remedy = _try(config, cluster, plan, with_utilization(config, cluster, fewer))
         if remedy and remedy.plan.fits:
             changes, best = fewer, remedy
     return best
 
 
-def _with_utilization(config: Config, cluster: Cluster, changes: Changes) -> Changes:
+def with_utilization(config: Config, cluster: Cluster, changes: Changes) -> Changes:
     """The changes, with gpu_memory_utilization lowered or raised if they need it."""
     try:
         changed = apply(config, cluster, changes)

@@ -8,9 +8,12 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_opsd.config import Config
+from megatron_opsd.errors import UserError
 from megatron_opsd.plan.formulas import GIB
-from megatron_opsd.plan.planner import Cluster, Plan, make_plan
-from megatron_opsd.plan.remedies import Remedy, find_remedies
+from megatron_opsd.plan.layouts import find_layout
+from megatron_opsd.plan.planner import Cluster, Plan, find_architecture, make_plan
+from megatron_opsd.plan.remedies import Remedy, find_remedies, options
+from megatron_opsd.plan.unneeded import Unneeded, find_unneeded
 from megatron_opsd.types import Phase
 
 WIDTH = 100  # columns if the output is not a terminal
@@ -18,16 +21,25 @@ WIDTH = 100  # columns if the output is not a terminal
 
 def run_plan(title: str, config: Config, cluster: Cluster, as_machine: bool) -> bool:
     """Print the plan, as tables or (``as_machine``) as JSON. Returns whether it fits."""
-    plan = make_plan(config, cluster)
-    remedies = find_remedies(config, cluster)
+    arch, _ = find_architecture(config.model.path)
+    try:
+        plan = make_plan(config, cluster)
+    except UserError as error:
+        found = find_layout(config, arch, cluster)
+        if found is None:
+            raise
+        changes, fits = found
+        what = "a layout that fits" if fits else "a layout that divides, but does not fit"
+        raise UserError(f"{error}; {what}: {options(changes)}") from error
+    remedies, unneeded = find_remedies(config, cluster), find_unneeded(config, cluster)
     if as_machine:
-        print(json.dumps(as_json(plan, remedies), indent=2))
+        print(json.dumps(as_json(plan, remedies, unneeded), indent=2))
     else:
-        print_plan(title, config, plan, remedies)
+        print_plan(title, config, plan, remedies, unneeded)
     return plan.fits
 
 
-def as_json(plan: Plan, remedies: list[Remedy]) -> dict[str, Any]:
+def as_json(plan: Plan, remedies: list[Remedy], unneeded: list[Unneeded]) -> dict[str, Any]:
     """Everything in the tables, and the parts of every stage; memory in bytes."""
     stages = [
         {**asdict(stage), "totals": stage.totals, "peak_phase": stage.peak_phase, "peak": stage.peak}
@@ -39,6 +51,7 @@ def as_json(plan: Plan, remedies: list[Remedy]) -> dict[str, Any]:
         "fits": plan.fits,
         "shortfall": plan.shortfall,
         "fullest_stage": plan.fullest,
+        "disk": plan.disk,
         "remedies": [
             {
                 "changes": remedy.changes,
@@ -49,10 +62,11 @@ def as_json(plan: Plan, remedies: list[Remedy]) -> dict[str, Any]:
             }
             for remedy in remedies
         ],
+        "unneeded": [asdict(setting) for setting in unneeded],
     }
 
 
-def print_plan(title: str, config: Config, plan: Plan, remedies: list[Remedy]) -> None:
+def print_plan(title: str, config: Config, plan: Plan, remedies: list[Remedy], unneeded: list[Unneeded]) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(width=WIDTH, highlight=False)
@@ -67,7 +81,7 @@ def print_plan(title: str, config: Config, plan: Plan, remedies: list[Remedy]) -
     console.print(_phase_table(plan))
     console.print()
     console.print(verdict(plan), style="green" if plan.fits else "red")
-    for line in _remedy_lines(remedies):
+    for line in _remedy_lines(remedies) + _unneeded_lines(unneeded):
         console.print(line, soft_wrap=True)
 
 
@@ -92,7 +106,6 @@ def _facts(config: Config, plan: Plan) -> list[tuple[str, str]]:
     known = "; by its name, for lack of a config.json" if plan.is_published else ""
     teacher = " ".join(filter(None, (config.teacher_kind, config.teacher.placement))) if config.teacher_kind else "none"
     teacher_length = f"{batch.teacher_length:,}" if batch.teacher_length else "none"
-    host = f" to {_gib(plan.pinned_host_memory)} GiB of each node's host memory" if plan.pinned_host_memory else ""
     return [
         ("model", f"{plan.model}, {plan.total_parameters / 1e9:.2f} B parameters, {config.model.dtype}{known}"),
         (
@@ -103,7 +116,7 @@ def _facts(config: Config, plan: Plan) -> list[tuple[str, str]]:
         ),
         (
             "memory",
-            f"recompute {config.model.recompute}, teacher {teacher}, optimizer {config.optim.placement}{host}",
+            f"recompute {config.model.recompute}, teacher {teacher}, optimizer {config.optim.placement}",
         ),
         (
             "step",
@@ -123,10 +136,30 @@ def _facts(config: Config, plan: Plan) -> list[tuple[str, str]]:
                 )
             ]
         ),
+        *_save_facts(config, plan),
+    ]
+
+
+def _save_facts(config: Config, plan: Plan) -> list[tuple[str, str]]:
+    """What checkpoints ask for."""
+    save, nodes, lead = plan.save_memory, plan.cluster.nodes, config.checkpoint.signal_lead_seconds
+    model = f" and {_gib(plan.hf_export)} GiB the trained model" if plan.hf_export else ""
+    count = plan.most_checkpoints
+    checkpoints = "1 checkpoint" if count == 1 else f"{count} checkpoints, with the one being written,"
+    pinned = ("host", f"{_gib(plan.pinned_host_memory)} GiB of each node's memory pinned, for what is offloaded")
+    if not count:
+        return [("on disk", f"no checkpoints{model}"), pinned]
+    where = f"{save.nodes} of {nodes} nodes" if nodes > 1 else "the node"
+    elsewhere = f" ({_gib(save.elsewhere)} on the others)" if save.elsewhere else ""
+    return [
+        ("on disk", f"{_gib(plan.checkpoint)} GiB a checkpoint (weights, optimizer)"),
+        ("", f"up to {_gib(plan.disk)} GiB in all: {checkpoints}{model}"),
+        ("", f"a save within the signal's lead of {lead:g} s asks for {plan.write_speed / GIB:,.2g} GiB/s"),
+        pinned,
         (
-            "on disk",
-            f"{_gib(plan.checkpoint)} GiB a checkpoint (weights, optimizer), "
-            f"{_gib(plan.hf_export)} GiB the trained model",
+            "",
+            f"a save needs {_gib(save.peak)} GiB on {where} for a moment{elsewhere}, "
+            f"{_gib(save.writing)} until it is written",
         ),
     ]
 
@@ -165,18 +198,21 @@ def _remedy_lines(remedies: list[Remedy]) -> list[str]:
     others = sorted((remedy for remedy in remedies if not remedy.plan.fits), key=lambda remedy: -remedy.saves)
     lines = ["", "What makes it fit, cheapest first:"] if fitting else []
     lines += [
-        f"  {_options(remedy)}: -{_gib(remedy.saves)} GiB, then {_gib(-remedy.plan.shortfall)} GiB remain"
+        f"  {options(remedy.changes)}: -{_gib(remedy.saves)} GiB, then {_gib(-remedy.plan.shortfall)} GiB remain"
         for remedy in fitting[:5]
     ]
     if others and len(fitting) < 2:
         lines += ["", "What helps, and is not enough by itself:"]
-        lines += [f"  {_options(remedy)}: -{_gib(remedy.saves)} GiB" for remedy in others[:5]]
+        lines += [f"  {options(remedy.changes)}: -{_gib(remedy.saves)} GiB" for remedy in others[:5]]
     return lines
 
 
-def _options(remedy: Remedy) -> str:
-    """The changes as options of the command line."""
-    return " ".join(f"--{name} {str(value).lower()}" for name, value in remedy.changes.items())
+def _unneeded_lines(unneeded: list[Unneeded]) -> list[str]:
+    lines = [
+        f"  {options(setting.changes)}: {_gib(setting.remains)} GiB remain in the {setting.phase} phase"
+        for setting in unneeded
+    ]
+    return ["", "What costs time and is not needed, each with those above it:", *lines] if lines else []
 
 
 def _gib(number: int) -> str:

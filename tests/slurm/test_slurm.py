@@ -138,6 +138,17 @@ def test_torchrun_by_hand_does_the_same(undisturbed: Run, tmp_path: Path) -> Non
     assert_equal_runs(tmp_path / "run", undisturbed.out)
 
 
+def test_a_finished_run_ends_at_once(cluster: Cluster, undisturbed: Run) -> None:
+    """The rest of a chain of jobs: nothing is trained, nothing changes."""
+    metrics, model = undisturbed.metrics(), (undisturbed.out / "hf" / "model.safetensors").read_bytes()
+    rest = Run(cluster, undisturbed.out, "--dependency=singleton")
+    rest.assert_complete()
+    assert rest.record()["Restarts"] == "0"
+    assert f"train.steps = {STEPS} is reached" in rest.tail()
+    assert rest.metrics() == metrics
+    assert (undisturbed.out / "hf" / "model.safetensors").read_bytes() == model
+
+
 @dataclass
 class Disturbance:
     """What a disturbance cost. Times are seconds since it."""
@@ -241,13 +252,13 @@ def write_results(costs: list[Disturbance]) -> None:
 
 @pytest.fixture
 def stand_in(cluster: Cluster, tmp_path: Path) -> Iterator[Callable[..., Run]]:
-    def submit(lines: str, **environment: str) -> Run:
+    def submit(lines: str, *options: str, **environment: str) -> Run:
         programs = tmp_path / "venv" / "bin"
         programs.mkdir(parents=True)
         (programs / "activate").write_text(f"PATH={programs}:$PATH\n")
         (programs / "torchrun").write_text(f"#!/bin/bash\n{lines}\n")
         (programs / "torchrun").chmod(0o755)
-        return Run(cluster, tmp_path / "run", VENV=str(programs.parent), **environment)
+        return Run(cluster, tmp_path / "run", *options, VENV=str(programs.parent), **environment)
 
     yield submit
     cluster.power_on_all()
@@ -302,6 +313,36 @@ def test_a_run_that_takes_its_node_along_is_given_up(cluster: Cluster, stand_in:
     assert run.wait_for_end(120) == "FAILED"
     assert run.record()["Restarts"] == "1"
     assert "giving up: crashed 1 times" in run.tail()
+
+
+def test_a_chain_of_jobs_goes_on_where_sites_forbid_requeues(cluster: Cluster, stand_in: Callable[..., Run]) -> None:
+    """One after the other, as they share a name: the first is interrupted, the second ends the run."""
+    lines = """
+        [ $SLURM_NODEID = 0 ] || { sleep 3; exit 0; }
+        n=$(cat $OUT/n 2>/dev/null || echo 0)
+        echo $((n + 1)) >$OUT/n
+        [ $n = 0 ] && echo interrupted >$OUT/outcome || echo finished >$OUT/outcome
+        sleep 3
+        """
+    options = ("--no-requeue", "--dependency=singleton")
+    first = stand_in(lines, *options)
+    rest = [Run(cluster, first.out, *options, VENV=str(first.out.with_name("venv"))) for _ in range(2)]
+    assert first.wait_for_end(60) == "FAILED"
+    assert f"job {first.job} could not be requeued; submit it again to go on from none" in first.tail()
+    assert [run.wait_for_end(60) for run in rest] == ["COMPLETED", "COMPLETED"]
+    assert (first.out / "n").read_text() == "3\n"
+
+
+def test_two_jobs_do_not_share_a_folder(cluster: Cluster, stand_in: Callable[..., Run]) -> None:
+    first = stand_in("STAND_IN=1 sleep 300")
+    wait_until("two nodes at work", lambda: len({node for node, _ in first.processes("STAND_IN=")}) == 2, 30)
+    second = Run(cluster, first.out, VENV=str(first.out.with_name("venv")))
+    assert second.wait_for_end(60) == "FAILED"
+    assert f"OUT={first.out}: job {first.job} (RUNNING) trains there" in second.tail()
+    assert first.record()["JobState"] == "RUNNING"
+    assert (first.out / "restarts").read_text().split()[0] == first.job
+    cluster.run("scancel", first.job)
+    assert first.wait_for_end(60) == "CANCELLED"
 
 
 def test_a_mistake_is_not_requeued(cluster: Cluster, tmp_path: Path) -> None:

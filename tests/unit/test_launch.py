@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "launch_scripts").glob("opsd_*.sh"))
 RECIPES = [script for script in SCRIPTS if script.stem != "opsd_tiny"]
 TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4"}
-VARIABLES = ("MODEL", "DATA", "OUT", "SLURM_JOB_ID", "OPSD_HOME", *TORCHRUN)
+VARIABLES = ("MODEL", "DATA", "OUT", "VENV", "SLURM_JOB_ID", "OPSD_HOME", *TORCHRUN)
 
 script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 recipe = pytest.mark.parametrize("script", RECIPES, ids=lambda script: script.stem)
@@ -88,6 +88,7 @@ def test_the_head_fits_the_recipe(script: Path) -> None:
     assert world_size // stages % layout.expert_model_parallel_size == 0
     assert world_size % config.rollout.tensor_model_parallel_size == 0
     assert config.logging.run_dir == f"runs/{toml.stem}"  # the default of OUT
+    assert asked["signal"] == f"B:USR1@{config.checkpoint.signal_lead_seconds:g}"  # what `opsd plan` reckons with
 
 
 @script
@@ -154,3 +155,154 @@ def test_the_command_line_overrides_variables(tmp_path: Path) -> None:
     line = mistake(run(sys.executable, script, tmp_path, "--model.path", "/not/here", **TORCHRUN | variables))
     assert "/not/here" in line
     assert (tmp_path / "out" / "data" / "train.jsonl").exists()  # DATA was not set
+
+
+# In a SLURM job, with stand-ins for SLURM's commands: what srun is asked for. tests/slurm has a real SLURM.
+
+STAND_INS = {
+    "scontrol": """case $2 in
+        hostnames) printf 'node1\\nnode2\\n' ;;
+        node) echo "   NodeAddr=$NODE_ADDR NodeHostName=$3 Version=22.05.8" ;;
+        job) echo "   JobState=RUNNING Reason=None" ;;
+    esac""",
+    "squeue": "echo $LIVING",
+    "srun": """printf '%s\\n' "MODEL=$MODEL" "DATA=$DATA" "$@" >$OUT/srun; echo "finished: all steps" >$OUT/outcome""",
+    "torchrun": "",
+}
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> dict[str, str]:
+    """The environment of a batch script."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, lines in STAND_INS.items():
+        (programs / name).write_text(f"#!/bin/bash\n{lines}\n")
+        (programs / name).chmod(0o755)
+    return {
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "VENV": str(tmp_path),
+        "OUT": str(tmp_path / "out"),
+        "NODE_ADDR": "10.0.0.1",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_CPUS_PER_TASK": "64",
+        "SLURM_GPUS_ON_NODE": "8",
+    }
+
+
+RECIPE = ROOT / "launch_scripts" / "opsd_qwen3_32b.sh"
+TINY = ROOT / "launch_scripts" / "opsd_tiny.sh"
+
+
+def asked(job: dict[str, str], script: Path, cwd: Path, *arguments: str, **environment: str) -> list[str]:
+    """What a job asks of srun."""
+    done = run("bash", script, cwd, *arguments, **job | environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return (Path(job["OUT"]) / "srun").read_text().splitlines()
+
+
+def after(words: list[str], option: str) -> str:
+    return words[words.index(option) + 1]
+
+
+@pytest.mark.parametrize(
+    ("known", "host"),
+    [
+        ("10.0.0.1", "10.0.0.1"),
+        ("node1.cluster", "node1.cluster"),
+        ("127.0.1.1", "node1"),  # Debian's idea of a host's own address
+        ("localhost", "node1"),
+        ("::1", "node1"),
+        ("", "node1"),
+        ("fd00::17", "[fd00::17]"),
+    ],
+)
+def test_nodes_meet_where_all_can_reach(job: dict[str, str], tmp_path: Path, known: str, host: str) -> None:
+    words = asked(job, RECIPE, tmp_path, NODE_ADDR=known)
+    assert after(words, "--rdzv-endpoint") == f"{host}:20007"
+    assert after(words, "--nnodes") == "2"
+    assert after(words, "--checkpoint.signal_lead_seconds") == "600"
+
+
+def test_a_process_for_each_gpu(job: dict[str, str], tmp_path: Path) -> None:
+    assert after(asked(job, RECIPE, tmp_path), "--nproc-per-node") == "8"
+    assert after(asked(job, TINY, tmp_path), "--nproc-per-node") == "8"
+    no_gpus = {name: value for name, value in job.items() if name != "SLURM_GPUS_ON_NODE"}
+    assert after(asked(no_gpus, TINY, tmp_path), "--nproc-per-node") == "64"
+
+
+@pytest.mark.parametrize("gpus", ["", "0"])
+def test_no_gpus_where_the_head_asks_for_them(job: dict[str, str], tmp_path: Path, gpus: str) -> None:
+    line = mistake(run("bash", RECIPE, tmp_path, **job | {"SLURM_GPUS_ON_NODE": gpus}))
+    expected = "SLURM_GPUS_ON_NODE is not set: the job got no GPUs; say sbatch --gpus-per-node=N or --gres=gpu:N"
+    assert line == f"{RECIPE.name}: {expected}"
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_cpus(job: dict[str, str], tmp_path: Path) -> None:
+    line = mistake(run("bash", TINY, tmp_path, **job | {"SLURM_CPUS_PER_TASK": ""}))
+    assert line == f"{TINY.name}: SLURM_CPUS_PER_TASK is not set; say sbatch --cpus-per-task=N"
+
+
+def test_another_living_job_has_the_folder(job: dict[str, str], tmp_path: Path) -> None:
+    asked(job, TINY, tmp_path)
+    later = job | {"SLURM_JOB_ID": "8"}
+    line = mistake(run("bash", TINY, tmp_path, **later | {"LIVING": "RUNNING"}))
+    assert line == f"{TINY.name}: OUT={job['OUT']}: job 7 (RUNNING) trains there; scancel it, or choose another OUT"
+    assert (tmp_path / "out" / "outcome").read_text() == "finished: all steps\n"
+    asked(later, TINY, tmp_path)
+    assert (tmp_path / "out" / "restarts").read_text() == "8 1 none\n"
+    asked(later, TINY, tmp_path, LIVING="RUNNING")  # the same job, started again
+
+
+def test_relative_paths_become_absolute(job: dict[str, str], tmp_path: Path) -> None:
+    """Whatever the working directory of a container. Ids of the hub, and what is not there, stay as they are."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "link").symlink_to("model")
+    for name in ("train", "test"):
+        (tmp_path / f"{name} set.jsonl").touch()
+    evaluate = "--evaluate.data.path"
+    words = asked(
+        job, TINY, tmp_path, evaluate, "test set.jsonl", "--x", "model", MODEL="link", DATA="./train set.jsonl"
+    )
+    assert words[:2] == [f"MODEL={tmp_path}/model", f"DATA={tmp_path}/train set.jsonl"]
+    assert words[-4:] == [evaluate, f"{tmp_path}/test set.jsonl", "--x", "model"]
+    words = asked(job, TINY, tmp_path, f"{evaluate}=test set.jsonl", MODEL="Qwen/Qwen3-8B", DATA="openai/gsm8k")
+    assert words[:2] == ["MODEL=Qwen/Qwen3-8B", "DATA=openai/gsm8k"]
+    assert words[-1] == f"{evaluate}={tmp_path}/test set.jsonl"
+
+
+def test_a_container_sees_what_the_run_reads(job: dict[str, str], tmp_path: Path) -> None:
+    """Also the files that a model of the hub's cache, and a data file, link to."""
+    snapshot = tmp_path / "hub" / "snapshots" / "1234"
+    for folder in (snapshot, tmp_path / "hub" / "blobs", tmp_path / "data", tmp_path / "raw", tmp_path / "held out"):
+        folder.mkdir(parents=True)
+    (tmp_path / "hub" / "blobs" / "abcd").touch()
+    (tmp_path / "raw" / "1").touch()
+    (tmp_path / "held out" / "test.jsonl").touch()
+    (snapshot / "config.json").symlink_to("../../blobs/abcd")
+    (tmp_path / "data" / "train.jsonl").symlink_to("../raw/1")
+    paths = {"MODEL": "hub/snapshots/1234", "DATA": "data/train.jsonl", "CONTAINER_IMAGE": "image.sqsh"}
+    words = asked(job, TINY, tmp_path, "--evaluate.data.path", "held out/test.jsonl", **paths)
+    folders = [
+        ROOT,
+        tmp_path / "out",
+        snapshot,
+        *(tmp_path / name for name in ("hub/blobs", "data", "raw", "held out")),
+    ]
+    (mounts,) = (word for word in words if word.startswith("--container-mounts="))
+    expected = {f"{folder}:{folder}" for folder in folders}
+    assert set(mounts.removeprefix("--container-mounts=").split(",")) == expected
+    assert f"--container-workdir={ROOT}" in words
+    assert f"DATA={tmp_path}/data/train.jsonl" in words
+    words = asked(job, TINY, tmp_path, **paths, CONTAINER_MOUNTS="/a:/b")
+    assert "--container-mounts=/a:/b" in words
+
+
+def test_a_container_mounts_no_comma(job: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "a,b").mkdir()
+    done = run("bash", TINY, tmp_path, **job | {"MODEL": "a,b", "CONTAINER_IMAGE": "image.sqsh"})
+    line = mistake(done)
+    assert line == f"{TINY.name}: {tmp_path}/a,b: pyxis cannot mount it, for its comma or colon; rename it"

@@ -82,10 +82,12 @@ def test_recipe_fits_where_it_says(recipe: Path, capsys: pytest.CaptureFixture[s
     main(command(recipe, "plan"))
     tables = capsys.readouterr().out
     assert "It fits" in tables
+    assert "not needed" not in tables
     assert max(map(len, tables.splitlines())) <= 120
     main([*command(recipe, "plan"), "--json"])
     plan = json.loads(capsys.readouterr().out)
     assert plan["fits"]
+    assert plan["unneeded"] == []
     for number, stage in enumerate(plan["stages"]):
         totals = [f"{stage['totals'][phase] / GIB:,.1f}" for phase in Phase]
         row = [str(number), str(stage["layers"]), f"{stage['parameters'] / 1e9:.3f}", "B", *totals]
