@@ -103,7 +103,7 @@ def check_turns(prompts: PromptBuilder, path: str) -> list[str]:
     ending = prompts.tokenizer.encode(answered.rpartition(_ANSWER)[2].lstrip(), add_special_tokens=False)[:1]
     own = prompts.tokenizer.eos_token_id
     ends = _eos_ids(Path(path)) | ({own} if isinstance(own, int) else set())
-    if ending and ending[0] in prompts.tokenizer.all_special_ids and ending[0] not in ends:
+    if ending and ending[0] in prompts.tokenizer.added_tokens_decoder and ending[0] not in ends:
         token = prompts.tokenizer.convert_ids_to_tokens(ending[0])
         warnings.append(
             f"{path}: the chat template ends a turn with {token} (id {ending[0]}), which does not end a response (ids "

@@ -12,7 +12,7 @@ from megatron_opsd import cli
 from megatron_opsd.weights.hf_files import HFReader
 
 from . import bad_inputs
-from .bad_inputs import Bad, Inputs
+from .bad_inputs import Bad, Inputs, what_check_sees
 
 TABLES = [name for _, name, _ in pkgutil.iter_modules(bad_inputs.__path__)]
 ROWS = [
@@ -20,6 +20,7 @@ ROWS = [
     for table in TABLES
     for row in importlib.import_module(f"{bad_inputs.__name__}.{table}").ROWS
 ]
+WARNINGS = [pytest.param(row, id=row.what) for row in what_check_sees.WARNINGS]
 
 
 @pytest.fixture(autouse=True)
@@ -67,12 +68,28 @@ def _files(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize("row", WARNINGS)
+def test_costs_a_warning(row: Bad, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What may be meant so is said, and no more."""
+    inputs = Inputs(tmp_path)
+    row.change(inputs)
+    cli.main(arguments(row, inputs))
+    warning, end = capsys.readouterr().out.splitlines()
+    assert warning.startswith("warning: ")
+    for part in row.says:
+        assert part.replace("{folder}", str(tmp_path)) in warning, warning
+    assert end.endswith("no mistakes found")
+
+
 def test_inputs_have_no_mistake(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["check", str(Inputs(tmp_path).toml)])
-    assert capsys.readouterr().out.endswith("no mistakes found\n")
+    out, err = capsys.readouterr()
+    assert out == f"{tmp_path / 'run.toml'}: no mistakes found\n"
+    assert err == ""
 
 
-def test_tables_are_large() -> None:
+@pytest.mark.parametrize("table", TABLES)
+def test_tables_are_large(table: str) -> None:
     """Many causes of each kind, so that the kind is mended and not an input."""
-    assert len(TABLES) >= 1
-    assert len({row.id for row in ROWS}) == len(ROWS)
+    causes = {row.id for row in ROWS if str(row.id).startswith(f"{table}: ")}
+    assert len(causes) >= 15

@@ -1,4 +1,4 @@
-"""Options of the commands, and the configuration's names."""
+"""The configuration, and options of the commands."""
 
 from . import Bad
 
@@ -7,7 +7,18 @@ def settings(what: str, says: list[str], *options: str, command: str = "check") 
     return Bad(what, says, command=(command, *options))
 
 
+def toml(what: str, contents: str | bytes, *says: str) -> Bad:
+    return Bad(what, ["{folder}/run.toml", *says], lambda i: i.write("run.toml", contents))
+
+
 ROWS = [
+    toml("utf-16", "a = 1".encode("utf-16"), "UTF-16", "save it as UTF-8"),
+    toml("latin-1", b"# 1\n# \xe9\n", "not UTF-8", "line 2"),
+    toml("a zero byte", b"a = 1\x00", "not valid TOML"),
+    toml("nested too deeply", "a = " + "[" * 9000, "nested too deeply"),
+    toml("half a line", "[model]\npath = ", "not valid TOML"),
+    toml("nothing", "", "model.path: missing", "--model.path"),
+    toml("a value for a section", "model = 3\n", "model = 3"),
     settings("a number of ranks below one", ["--nproc = 0", "at least 1"], "--nproc", "0", command="train"),
     settings("no number of ranks", ["--nproc", "'two'", "opsd train --help"], "--nproc", "two", command="train"),
     Bad(

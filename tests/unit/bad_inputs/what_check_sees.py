@@ -117,3 +117,30 @@ ROWS = [
     Bad("ranks below nothing", ["--world-size = -2", "at least 1"], command=("check", "--world-size", "-2")),
     Bad("ranks that are no number", ["--world-size", "'two'", "--help"], command=("check", "--world-size", "two")),
 ]
+
+
+def end_of_turn(inputs: Inputs) -> None:
+    """As in base checkpoints: responses end with <|endoftext|>, the chat template's turns with <|im_end|>."""
+    inputs.change("model/tokenizer_config.json", eos_token="<|endoftext|>")
+    inputs.change("model/generation_config.json", eos_token_id=0)
+    inputs.config(eos_token_id=0)
+
+
+WARNINGS = [
+    Bad(
+        "a turn's end that ends no response",
+        ["{folder}/model", "<|im_end|> (id 2)", "(ids [0])", "eos_token_id in generation_config.json"],
+        end_of_turn,
+    ),
+    Bad(
+        "a template without the assistant's turn",
+        ["{folder}/model", "begins no turn of the assistant"],
+        lambda i: i.write(TEMPLATE, "{% for m in messages %}{{ m.content }}{% endfor %}"),
+    ),
+    Bad("fewer problems than a step draws", ["draws 4 problems", "has 2"], lambda i: i.rows([ROW] * 2)),
+    Bad(
+        "evaluation on training data",
+        ["2 of 3 problems of evaluate.data.path", "are in the training data"],
+        lambda i: i.rows([ROW, ROW | {"problem": "Compute 2+2."}, ROW], "test.jsonl"),
+    ),
+]
