@@ -104,6 +104,8 @@ class Run:
             check_grades(examples, config.method.train_on, config.data.path)
         check_same_data(examples)
         sampler = Sampler(examples, config.train.seed)
+        if resume_from:
+            sampler.load_state_dict(resume.read_progress(resume_from).sampler, config.checkpoint.allow_changes)
         self.trainer = Trainer(config, layout, prompts, sampler, resume_from)
         self.checkpoints.saved_step = self.trainer.progress.step
         self.guards = Guards(config.guards, self.trainer.progress.guards)

@@ -186,6 +186,7 @@ class Trainer:
 
     def _resume(self, path: Path) -> None:
         now, self.progress = self.progress, read_progress(path)
+        self.progress.sampler = now.sampler  # which goes on from the checkpoint, or begins with other data
         if self.config.checkpoint.allow_changes:
             self.progress.teacher, self.progress.meaning = now.teacher, now.meaning
         elif self.progress.teacher != now.teacher:
@@ -194,7 +195,6 @@ class Trainer:
                 f"{now.teacher[:16]}; resume with the model.path that the run started with, or with "
                 "--checkpoint.allow_changes true"
             )
-        self.sampler.load_state_dict(self.progress.sampler, self.config.checkpoint.allow_changes)
         checkpoint.load(path, self.student.model_chunks, self.optimizer, self.teacher)
         self.schedule.step(self.progress.step)
 

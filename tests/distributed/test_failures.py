@@ -128,6 +128,68 @@ def test_a_changed_teacher_stops_the_run(unbroken: Unbroken) -> None:
     assert outcome(run_dir) == "stopped"
 
 
+def test_a_run_keeps_its_meaning(unbroken: Unbroken) -> None:
+    """Other settings go on only where the user says so. What was given at the first start is kept."""
+    run_dir = unbroken.copy("meaning")
+    first = (run_dir / "config.toml").read_text()
+    with unbroken.run(run_dir, objective__clip="0.3") as run:
+        statuses, output = run.finish()
+    assert any(statuses)
+    assert "objective.clip: 0.05 -> 0.3" in the_line(output, "with other settings than this start has")
+    assert run.phases() == []  # before any model
+    with unbroken.run(run_dir, objective__clip="0.3", checkpoint__allow_changes="true") as run:
+        statuses, output = run.finish()
+    assert not any(statuses), output
+    assert began_after(run) == 4
+    assert "warning: changed since the checkpoint: objective.clip: 0.05 -> 0.3" in output
+    assert (run_dir / "config.toml").read_text() == first
+    assert "clip = 0.3" in (run_dir / "config_after_000004.toml").read_text()
+    assert f'path = "{ARITHMETIC / "base"}"' in first  # from the root, whatever folder the run was started in
+
+
+def test_other_data_begin_a_new_order(unbroken: Unbroken) -> None:
+    run_dir, data = unbroken.copy("other_data"), unbroken.sibling("other.jsonl")
+    _write(data, read_jsonl(Path(unbroken.settings["data.path"]))[:100])
+    with unbroken.run(run_dir, data__path=str(data)) as run:
+        statuses, output = run.finish()
+    assert any(statuses)
+    assert "--checkpoint.allow_changes true" in the_line(output, "cannot resume")
+    with unbroken.run(run_dir, data__path=str(data), checkpoint__allow_changes="true") as run:
+        statuses, output = run.finish()
+    assert not any(statuses), output
+    assert began_after(run) == 4
+
+
+def test_a_run_past_its_goal_ends_at_once(unbroken: Unbroken) -> None:
+    """Fewer steps than are done: nothing is trained, nothing deleted, and no model is loaded to find out."""
+    run_dir = unbroken.sibling("done")
+    shutil.copytree(unbroken.run_dir, run_dir)
+    before = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    with unbroken.run(run_dir, train__steps="1", checkpoint__keep_last="1") as run:
+        statuses, output = run.finish()
+    assert not any(statuses), output
+    assert "train.steps = 1 is reached: 5 steps are done" in output
+    assert outcome(run_dir) == "finished"
+    assert run.phases() == []
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == before
+    assert_equal_runs(run_dir, unbroken.run_dir)
+
+
+def test_a_second_run_in_a_living_ones_folder(unbroken: Unbroken) -> None:
+    run_dir = unbroken.sibling("shared_folder")
+    with unbroken.run(run_dir) as first:
+        first.wait_until(lambda: first.steps() == 1)
+        with unbroken.run(run_dir, train__seed="5") as second:
+            statuses, output = second.finish()
+        assert any(statuses)
+        assert re.search(r"process \d+ on \S+ trains there", the_line(output, "opsd: logging.run_dir"))
+        statuses, output = first.finish()
+    assert not any(statuses), output
+    assert outcome(run_dir) == "finished"
+    assert not (run_dir / "lock").exists()
+    assert_equal_runs(run_dir, unbroken.run_dir)
+
+
 def test_a_signal_saves_and_a_second_one_leaves_at_once(unbroken: Unbroken) -> None:
     """To one rank only: the others must learn of it. The step under way is finished, for there is time."""
     run_dir = unbroken.sibling("signalled")
@@ -138,6 +200,7 @@ def test_a_signal_saves_and_a_second_one_leaves_at_once(unbroken: Unbroken) -> N
     assert not any(statuses), output
     assert outcome(run_dir) == "interrupted"
     done = run.steps()
+    assert "--checkpoint.resume auto" in the_line(output, f"saved after step {done}")
     assert (run_dir / "checkpoints" / f"step_{done:06d}").is_dir()
 
     with unbroken.run(run_dir) as run:

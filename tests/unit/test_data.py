@@ -113,6 +113,38 @@ def test_answers_may_be_numbers_of_several_kinds(tmp_path: Path) -> None:
     assert [example.answer for example in load_examples(config)] == ["72", "0.5", "x", None]
 
 
+def test_problems_as_chats_and_answers_inside_of_columns(tmp_path: Path) -> None:
+    """As RL data sets have them."""
+    chats = [
+        "1+1?",
+        [{"role": "user", "content": "1+1?"}],
+        [{"role": "user", "content": [{"type": "text", "text": "1+1?"}]}],
+    ]
+    rows = [{"prompt": chat, "reward_model": {"style": "rule", "ground_truth": " 2 "}} for chat in chats]
+    config = DataConfig(
+        path=write_jsonl(tmp_path / "a.jsonl", rows),
+        problem_column="prompt",
+        answer_column="reward_model.ground_truth",
+    )
+    wanted = [Example(i, "1+1?", "", "2") for i in range(len(chats))]
+    assert load_examples(config, reads="answer") == check_data(config, reads="answer") == wanted
+    parquet = write_parquet(tmp_path / "a.parquet", rows[1:2])
+    assert load_examples(config.model_copy(update={"path": parquet}), reads="answer") == wanted[:1]
+
+
+def test_a_byte_order_mark_is_no_mistake(tmp_path: Path) -> None:
+    for name, text in (("a.jsonl", json.dumps(ROWS[0])), ("a.json", json.dumps(ROWS)), ("b.json", json.dumps(ROWS[0]))):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+        assert load_examples(DataConfig(path=str(tmp_path / name)))[0].problem == "1+1?"
+
+
+def test_check_reads_no_further_than_it_must(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_opsd.data.datasets.CHECKED_ROWS", 2)
+    path = write_jsonl(tmp_path / "a.jsonl", [*ROWS[:2], {"problem": 3}])
+    assert len(check_data(DataConfig(path=path))) == 2
+    assert "a.jsonl:3" in fail(load_examples, DataConfig(path=path))
+
+
 @both
 def test_missing_file_and_unknown_kind_are_named(tmp_path: Path, load: Load) -> None:
     gone, text = tmp_path / "gone.jsonl", tmp_path / "notes.txt"

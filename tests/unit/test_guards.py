@@ -103,3 +103,29 @@ def test_a_step_that_cannot_be_measured_does_not_count() -> None:
 def test_learning_need_not_be_watched() -> None:
     guards = Guards(GuardsConfig(patience=3, watch_learning=False))
     assert less_sure(guards, range(1, 4)) == less_sure(guards, range(4, 7), entropy=2.5, divergence=0.3) == []
+
+
+def test_a_loss_that_falls_while_the_divergence_rises() -> None:
+    """Means of five steps against the first five; a warning after `patience` of them in a row, and once."""
+
+    def step(guards: Guards, number: int, loss: float, divergence: float) -> list[str]:
+        return guards.step(metrics(number, entropy=0.1, divergence=divergence) | {"loss": loss})
+
+    guards = Guards(GuardsConfig(patience=3))
+    for number in range(1, 6):
+        assert step(guards, number, 0.10, 0.20) == []
+    for number in range(6, 12):  # the means are whole at step 10; then two in a row
+        assert step(guards, number, 0.09, 0.21) == []
+    resumed = Guards(GuardsConfig(patience=3), json.loads(json.dumps(guards.state_dict())))
+    (warning,) = step(resumed, 12, 0.08, 0.21)
+    assert "step 12: the loss falls while the divergence rises" in warning
+    assert "0.1 -> 0.088 and 0.2 -> 0.21, 3 times in a row" in warning
+    assert 'objective.clip_mode = "saturate"' in warning
+    assert step(resumed, 13, 0.08, 0.21) == []
+    guards = Guards(GuardsConfig(patience=1))
+    for number in range(1, 30):  # both fall; one step that was skipped counts for nothing
+        assert step(guards, number, 0.1 / number, 0.2 / number) == []
+        assert guards.step(metrics(number, skipped=1, divergence=9.0) | {"loss": 0.0}) == []
+    for number in range(30, 60):  # both rise again
+        assert step(guards, number, number, number) == []
+    assert Guards(GuardsConfig(watch_learning=False)).step(metrics(1) | {"loss": 0.0}) == []
