@@ -155,6 +155,31 @@ def test_port_in_use(config: list[str]) -> None:
     assert line == f"opsd: MASTER_PORT={port}: the port is in use on 127.0.0.1; set MASTER_PORT to a free one"
 
 
+def run(config: list[str], *launcher: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", *launcher, "train", *config, "--model.path", "no/such/model"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+LINE = "opsd: no/such/model: no such directory; model.path must be a local Hugging Face checkpoint"
+
+
+def test_ranks_of_this_machine_say_it_once(config: list[str]) -> None:
+    done = run([*config, "--nproc", "2"], "megatron_opsd")
+    assert done.returncode == 2
+    assert done.stderr == f"{LINE}\n"
+    assert done.stdout == ""
+
+
+def test_torchruns_report_ends_with_it(config: list[str]) -> None:
+    launcher = ["torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2", "-m"]
+    done = run(config, *launcher, "megatron_opsd")
+    assert done.returncode != 0
+    lines = done.stderr.splitlines()
+    assert lines.count(LINE) == 1
+    assert lines[-2].strip() == f"traceback : {LINE}"  # the last one is torchrun's rule
+
+
 def test_row_without_a_problem(config: list[str]) -> None:
     bad = str(Path(config[4]).with_name("empty_problem.jsonl"))
     line = mistake([*config, *ONE_RANK, "--data.path", bad])
