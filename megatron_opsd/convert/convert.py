@@ -3,6 +3,7 @@
 It runs in one process, or in several under torchrun that share the work and the disk.
 """
 
+import fcntl
 import os
 import shutil
 from collections import deque
@@ -241,10 +242,14 @@ def _new_directory(target: Path, size: int) -> Iterator[Path]:
     rank, _ = _rank_and_world_size()
     staging = target.with_name(f".{target.name}.tmp")
     _barrier()
+    lock = _lock(staging) if rank == 0 and staging.exists() else None  # an attempt that lives, or what one has left
     try:
         if rank == 0:
             shutil.rmtree(staging, ignore_errors=True)
+            if lock is not None:
+                os.close(lock)
             staging.mkdir(parents=True)
+            lock = _lock(staging)
             free = shutil.disk_usage(staging).free
             if free < size:
                 raise UserError(f"{target}: needs {size / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB left")
@@ -260,6 +265,27 @@ def _new_directory(target: Path, size: int) -> Iterator[Path]:
     finally:
         if rank == 0:
             shutil.rmtree(staging, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(staging: Path) -> int:
+    """Keep a folder for this process, until the returned descriptor is closed or the process ends.
+
+    Raises:
+        UserError: another conversion that lives writes to it.
+    """
+    descriptor = os.open(staging, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(
+            f"{staging}: another conversion is writing there; wait for its end, or name another directory"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    return descriptor
 
 
 def _settle(directory: Path) -> None:

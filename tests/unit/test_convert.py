@@ -13,6 +13,7 @@ from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -228,6 +229,24 @@ def test_refused_checkpoints(model: Path, megatron: Path, tmp_path: Path, capsys
     (megatron / "metadata.json").write_text('{"sharded_backend": "zarr"}')
     assert fails(capsys, "megatron-to-hf", out, tmp_path / "none").count("not a complete distributed checkpoint") == 1
     assert not out.exists()
+
+
+def test_two_conversions_into_one_directory(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second is refused, and the first is not disturbed."""
+    out, original = tmp_path / "out", convert.write_checkpoint
+    refused: list[str] = []
+
+    def meanwhile(*arguments: Any) -> None:
+        refused.append(fails(capsys, "hf-to-megatron", model, out))
+        original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "write_checkpoint", meanwhile)
+        hf_to_megatron(model, out, None, verify=True)
+    assert "another conversion is writing there" in refused[0]
+    megatron_to_hf(out, tmp_path / "back", verify=True)
 
 
 def test_an_unknown_option_costs_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
