@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megatron_opsd.config import Config
 from megatron_opsd.config_file import add_overrides, fields, load_config, nearest_name
@@ -17,6 +17,8 @@ from megatron_opsd.errors import UserError
 from megatron_opsd.files import check_writable
 from megatron_opsd.reliability.run_dir import RunDir
 from megatron_opsd.torchrun import leave_for_report, start_ranks
+
+MOST_GPUS = 65536  # of a plan: a larger one would take minutes
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -32,6 +34,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
     except KeyboardInterrupt:  # a run that has begun listens for signals itself
         sys.exit(128 + signal.SIGINT)
+
+
+class _Help(argparse.Action):
+    """``--help`` shows everything, ``--help optim`` the settings of [optim]."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, _: argparse.Namespace, section: Any, option: str | None = None
+    ) -> None:
+        if section is not None:
+            if section not in Config.model_fields:
+                raise UserError(f"--help {section}: no such section; choose one of {', '.join(Config.model_fields)}")
+            parser = argparse.ArgumentParser(add_help=False, usage=argparse.SUPPRESS)
+            add_overrides(parser, section)
+        parser.print_help()
+        parser.exit()
 
 
 class _Parser(argparse.ArgumentParser):
@@ -61,7 +78,12 @@ def _build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (help_text, _, add_options) in COMMANDS.items():
         usage = f"opsd {name} FILE.toml [--section.key VALUE ...]"  # argparse would list every setting
-        command = commands.add_parser(name, help=help_text, description=help_text, usage=usage, allow_abbrev=False)
+        command = commands.add_parser(
+            name, help=help_text, description=help_text, usage=usage, allow_abbrev=False, add_help=False
+        )
+        command.add_argument(
+            "-h", "--help", action=_Help, nargs="?", metavar="SECTION", help="show this, or the settings of a section"
+        )
         command.add_argument("config", metavar="FILE.toml", help="the run's configuration")
         add_options(command)
         add_overrides(command)
@@ -157,6 +179,10 @@ def _plan(config: Config, options: argparse.Namespace) -> None:
     for name in ("nodes", "gpus_per_node", "gpu_memory_gib"):
         if not getattr(options, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} = {getattr(options, name)}: must be greater than 0")
+    if options.nodes * options.gpus_per_node > MOST_GPUS:
+        raise UserError(
+            f"--nodes {options.nodes} x --gpus-per-node {options.gpus_per_node}: plans end at {MOST_GPUS} GPUs; name fewer"
+        )
     cluster = Cluster(options.nodes, options.gpus_per_node, options.gpu_memory_gib)
     if not run_plan(options.config, config, cluster, options.json):
         sys.exit(1)

@@ -24,7 +24,7 @@ def fields(schema: type[BaseModel] = Config, prefix: str = "") -> dict[str, Any]
         if not sections:
             found[prefix + name] = field
         for section in sections:
-            found = fields(section, f"{prefix}{name}.") | found  # of a union's sections, the first is the default
+            found |= fields(section, f"{prefix}{name}.") | found  # of a union's sections, the first is the default
     return found
 
 
@@ -35,11 +35,16 @@ def _sections_of(annotation: Any) -> list[type[Section]]:
     return [section for part in getattr(annotation, "__args__", ()) for section in _sections_of(part)]
 
 
-def add_overrides(parser: argparse.ArgumentParser) -> None:
-    """Give ``parser`` one ``--section.key`` option for every field, with the field's docstring as its help."""
+def add_overrides(parser: argparse.ArgumentParser, only: str | None = None) -> None:
+    """Give ``parser`` one ``--section.key`` option for every field, with the field's docstring as its help.
+
+    only: a section; None for all.
+    """
     groups = {}
     for name, field in fields().items():
         section = name.partition(".")[0]
+        if only not in (None, section):
+            continue
         if section not in groups:
             groups[section] = parser.add_argument_group(f"[{section}]")
         default = "required" if field.is_required() else json.dumps(field.default)

@@ -59,6 +59,7 @@ ROWS = [
     settings("dashes", ["is --rollout.max_response_tokens"], "--rollout.max-new-tokens", "2"),
     settings("a misspelt setting", ["--optim.lrr", "is --optim.lr"], "--optim.lrr", "1"),
     settings("a misspelt option", ["--world-sise", "is --world-size"], "--world-sise", "1"),
+    settings("no section to explain", ["--help optimizer", "optim", "evaluate"], "--help", "optimizer"),
     settings("no command", ["invalid choice: 'chek'", "opsd --help"], command="chek"),
     Bad(
         "a name by meaning in the file",
@@ -84,6 +85,12 @@ ROWS = [
         "no memory",
         ["--gpu-memory-gib = -1.0"],
         *["--nodes", "1", "--gpus-per-node", "8", "--gpu-memory-gib", "-1"],
+        command="plan",
+    ),
+    settings(
+        "a cluster that nobody has",
+        ["--nodes 100000 x --gpus-per-node 8", "65536 GPUs", "name fewer"],
+        *["--nodes", "100000", "--gpus-per-node", "8", "--gpu-memory-gib", "80"],
         command="plan",
     ),
     settings("half a cluster", ["required", "--gpus-per-node", "opsd plan --help"], "--nodes", "1", command="plan"),
