@@ -180,9 +180,8 @@ def _plan(config: Config, options: argparse.Namespace) -> None:
         if not getattr(options, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} = {getattr(options, name)}: must be greater than 0")
     if options.nodes * options.gpus_per_node > MOST_GPUS:
-        raise UserError(
-            f"--nodes {options.nodes} x --gpus-per-node {options.gpus_per_node}: plans end at {MOST_GPUS} GPUs; name fewer"
-        )
+        size = f"--nodes {options.nodes} x --gpus-per-node {options.gpus_per_node}"
+        raise UserError(f"{size}: plans end at {MOST_GPUS} GPUs; name fewer")
     cluster = Cluster(options.nodes, options.gpus_per_node, options.gpu_memory_gib)
     if not run_plan(options.config, config, cluster, options.json):
         sys.exit(1)
