@@ -52,12 +52,12 @@ class HFReader:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._files: dict[str, safe_open] = {}
+        self._files: dict[tuple[str, str], safe_open] = {}
         if (self.path / INDEX).exists():
             self._file_of = read_json(self.path / INDEX, _Index, "download it again").weight_map
             self._check_files(sorted(set(self._file_of.values())))
         elif (self.path / SINGLE).exists():
-            self._file_of = dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
+            self._file_of = dict.fromkeys(self._open(SINGLE, "np").keys(), SINGLE)
         else:
             raise UserError(f"{self.path}: holds neither {INDEX} nor {SINGLE}{self._other_weights()}")
 
@@ -81,18 +81,19 @@ class HFReader:
             return f", but {others[0]}; model.path needs a whole model's weights with their index"
         return f", but {others[0]}; let transformers load the model and save it with save_pretrained as safetensors"
 
-    def _open(self, file: str) -> safe_open:
-        if file not in self._files:
+    def _open(self, file: str, framework: str = "pt") -> safe_open:
+        """A file to read from. With numpy's framework only its header: torch's maps all of it as if it would write."""
+        if (file, framework) not in self._files:
             path = self.path / file
             try:
-                self._files[file] = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
+                self._files[file, framework] = safe_open(path, framework=framework)
+            except (SafetensorError, OSError, RuntimeError) as error:
                 if path.is_dir():
                     raise UserError(f"{path}: is a folder, and a safetensors file is needed") from None
                 if isinstance(error, SafetensorError) and _is_lfs_pointer(path):
                     raise UserError(f"{path}: is a git-lfs pointer to the weights; run `git lfs pull`") from None
                 raise UserError(f"{path}: not a readable safetensors file ({error}); download it again") from error
-        return self._files[file]
+        return self._files[file, framework]
 
     def check(self, expected: dict[str, Shape]) -> None:
         """Compare names, shapes and dtypes with those that the architecture requires.
@@ -128,7 +129,7 @@ class HFReader:
         for name, file in self._file_of.items():
             listed[file].add(name)
         for file, names in sorted(listed.items()):
-            held = set(self._open(file).keys())
+            held = set(self._open(file, "np").keys())
             if ghosts := sorted(names - held):
                 raise UserError(
                     f"{self.path / INDEX}: says that {ghosts[0]} is in {file}, which has no such tensor; download both"
@@ -139,7 +140,7 @@ class HFReader:
                 )
 
     def _check_tensor(self, name: str, shape: Shape) -> None:
-        file, tensor = self.path / self._file_of[name], self._slice(name)
+        file, tensor = self.path / self._file_of[name], self._slice(name, "np")
         found, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
         if dtype not in DTYPE_NAMES.values():
             raise UserError(
@@ -171,7 +172,7 @@ class HFReader:
 
     def dtypes(self) -> list[str]:
         """The names of the tensors' dtypes."""
-        return sorted({self._slice(name).get_dtype() for name in self._file_of})
+        return sorted({self._slice(name, "np").get_dtype() for name in self._file_of})
 
     def dtype(self) -> torch.dtype:
         """The dtype of all tensors.
@@ -192,8 +193,8 @@ class HFReader:
             return tensor[:]
         return tensor[(slice(None),) * dim + (slice(start, stop),)]
 
-    def _slice(self, name: str) -> Any:
-        return self._open(self._file_of[name]).get_slice(name)
+    def _slice(self, name: str, framework: str = "pt") -> Any:
+        return self._open(self._file_of[name], framework).get_slice(name)
 
 
 def _is_lfs_pointer(file: Path) -> bool:

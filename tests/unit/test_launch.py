@@ -14,7 +14,10 @@ from megatron_opsd.launch import torchrun_command
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "launch_scripts").glob("opsd_*.sh"))
 RECIPES = [script for script in SCRIPTS if script.stem != "opsd_tiny"]
-TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4"}
+TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"} | {
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+}
 VARIABLES = ("MODEL", "DATA", "OUT", "VENV", "SLURM_JOB_ID", "OPSD_HOME", *TORCHRUN)
 
 script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
