@@ -11,13 +11,13 @@ absolute() { # what exists; a file keeps its own name, which says its format. Id
     fi
 }
 
-# MODEL, DATA and the settings named *.path, such as --evaluate.data.path, of the arguments.
+# MODEL, DATA, and of the arguments checkpoint.resume and the settings named *.path, such as --evaluate.data.path.
 MODEL=$(absolute "${MODEL:-}") DATA=$(absolute "${DATA:-}")
 paths=("$MODEL" "$DATA") arguments=() before=
 for argument in "$@"; do
     setting=
-    [[ $argument != --*.path=* ]] || setting=${argument%%=*}=
-    if [ -n "$setting" ] || [[ $before == --*.path ]]; then
+    case $argument in --*.path=* | --checkpoint.resume=*) setting=${argument%%=*}= ;; esac
+    if [ -n "$setting" ] || [[ $before == --*.path || $before == --checkpoint.resume ]]; then
         paths+=("$(absolute "${argument#"$setting"}")")
         argument=$setting${paths[-1]}
     fi

@@ -118,6 +118,11 @@ requeue() {
     scontrol requeue "$SLURM_JOB_ID" && sleep 60 # SLURM ends this script meanwhile
     stop "job $SLURM_JOB_ID could not be requeued; submit it again to go on from $(newest_checkpoint)"
 }
+if [ -e "$OUT/refused_$SLURM_JOB_ID" ]; then # the folder is another run's, which has an outcome of its own
+    why=$(<"$OUT/refused_$SLURM_JOB_ID")
+    rm "$OUT/refused_$SLURM_JOB_ID"
+    stop "$why"
+fi
 case $(outcome) in
     finished*) say "$(outcome)" ;;
     stopped*) stop "$(outcome)" ;;

@@ -92,8 +92,8 @@ class Run:
         self.config, self.layout, self.run_dir, self.preemption = config, layout, run_dir, preemption
         self.watchdog = Watchdog(config.timeouts, preemption)  # it also watches over what follows
         # First what may be a user's mistake, then what takes minutes.
-        self.changes = on_rank_0(lambda: resume.check(config))
         resume_from = checkpoint.find(run_dir, config.checkpoint.resume)
+        self.changes = on_rank_0(lambda: resume.check_meaning(resume_from, config))
         self.checkpoints = checkpoint.Checkpoints(run_dir, config.checkpoint)
         prompts = build_prompts(config)
         self.held_out: list[Example] = []
@@ -151,7 +151,9 @@ class Run:
             writer.say(how_to_go_on(progress.step, self.checkpoints.saved_step))
         elif self.config.checkpoint.export_hf:
             self.watchdog.enter("save")
+            on_rank_0(lambda: self.run_dir.write_exported_step(None))
             self.trainer.export_hf(self.run_dir.hf)
+            on_rank_0(lambda: self.run_dir.write_exported_step(progress.step))
             writer.say(f"the trained model is in {self.run_dir.hf}")
         return interrupted_by
 

@@ -50,22 +50,19 @@ def without_numa_warnings() -> Iterator[None]:
 
     What else it writes there goes to the log.
     """
-    sys.stderr.flush()
-    stderr = os.dup(2)
-    try:
-        with tempfile.TemporaryFile() as written:
-            os.dup2(written.fileno(), 2)
-            try:
-                yield
-            finally:
-                sys.stderr.flush()
-                os.dup2(stderr, 2)
-                written.seek(0)
-                for line in written.read().decode(errors="replace").splitlines():
-                    if "NUMA" not in line:
-                        _log.warning(line)
-    finally:
-        os.close(stderr)
+    python, stderr = sys.stderr, os.dup(2)
+    python.flush()
+    with os.fdopen(stderr, "w", buffering=1) as sys.stderr, tempfile.TemporaryFile() as written:  # Python's still shows
+        os.dup2(written.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            sys.stderr = python
+            written.seek(0)
+            for line in written.read().decode(errors="replace").splitlines():
+                if "NUMA" not in line:
+                    _log.warning(line)
 
 
 def repair_shared_memory() -> None:

@@ -70,9 +70,14 @@ def load_examples(
     return examples
 
 
-def check_data(config: DataConfig, section: str = "data", reads: Reads = "solution") -> list[Example]:
-    """The examples of the first rows: as many as can be looked at in seconds. Raises as `load_examples` does."""
-    return load_examples(config, section, reads, CHECKED_ROWS if Path(config.path).exists() else CHECKED_HUB_ROWS)
+def check_data(config: DataConfig, section: str = "data", reads: Reads = "solution") -> tuple[list[Example], bool]:
+    """The examples of the first rows, as many as can be looked at in seconds, and whether these are all.
+
+    Raises as `load_examples` does.
+    """
+    limit = CHECKED_ROWS if Path(config.path).exists() else CHECKED_HUB_ROWS
+    examples = load_examples(config, section, reads, limit)
+    return examples, len(examples) < limit
 
 
 def check_grades(examples: Sequence[Example], train_on: Sequence[Grade], path: str) -> None:

@@ -49,17 +49,18 @@ def check_rows(config: Config, prompts: PromptBuilder, train: bool) -> list[str]
     warnings: list[str] = []
     train_on: list[Example] = []
     if train:
-        train_on = check_data(config.data, "data", config.method.reads)
+        train_on, all_of_it = check_data(config.data, "data", config.method.reads)
         _check_prompts(config, prompts, train_on)
-        _check_limits(config, prompts, train_on)
+        if all_of_it:
+            _check_limits(config, prompts, train_on)
         drawn = config.train.global_batch_size // config.rollout.samples_per_prompt
-        if len(train_on) < drawn:
+        if all_of_it and len(train_on) < drawn:
             warnings.append(
                 f"a step draws {drawn} problems (train.global_batch_size / rollout.samples_per_prompt), and "
                 f"{config.data.path} has {len(train_on)}: a step sees some of them several times"
             )
     if config.evaluate.data:
-        held_out = check_data(config.evaluate.data, "evaluate.data", "answer")[: config.evaluate.limit]
+        held_out = check_data(config.evaluate.data, "evaluate.data", "answer")[0][: config.evaluate.limit]
         _check_prompts(config, prompts, held_out, teacher=False)
         known = {example.problem for example in train_on}
         both = sum(example.problem in known for example in held_out)
@@ -97,9 +98,13 @@ def check_turns(prompts: PromptBuilder, path: str) -> list[str]:
     warnings = []
     if asked == prompts.render_chat(question, prompts.student_thinking, add_generation_prompt=False):
         warnings.append(f"{path}: the chat template begins no turn of the assistant (add_generation_prompt)")
-    answered = prompts.render_chat(
-        [*question, {"role": "assistant", "content": _ANSWER}], prompts.student_thinking, add_generation_prompt=False
-    )
+    answer = {"role": "assistant", "content": _ANSWER}
+    try:
+        answered = prompts.render_chat([*question, answer], prompts.student_thinking, add_generation_prompt=False)
+    except UserError:  # a template for prompts alone
+        return warnings
+    if _ANSWER not in answered:
+        return warnings
     ending = prompts.tokenizer.encode(answered.rpartition(_ANSWER)[2].lstrip(), add_special_tokens=False)[:1]
     own = prompts.tokenizer.eos_token_id
     ends = _eos_ids(Path(path)) | ({own} if isinstance(own, int) else set())

@@ -34,12 +34,10 @@ def most_checkpoints(config: Config) -> int:
     if not settings.keep_last:
         return len(saved)
     best = 1 if config.evaluate.interval else 0
-    most = 0
-    for done in range(len(saved)):  # before the next one
-        last, older = saved[max(0, done - settings.keep_last) : done], saved[: max(0, done - settings.keep_last)]
-        every = [step for step in older if settings.keep_every and step % settings.keep_every == 0]
-        most = max(most, len(last) + min(len(older), len(every) + best) + 1)
-    return most
+    *earlier, _ = saved  # they only become more, so that the most are there while the last one is written
+    last, older = earlier[-settings.keep_last :], earlier[: -settings.keep_last]
+    every = [step for step in older if settings.keep_every and step % settings.keep_every == 0]
+    return len(last) + min(len(older), len(every) + best) + 1
 
 
 def write_speed(config: Config, checkpoint: int) -> float:

@@ -9,6 +9,7 @@ file, which is verified before anything is loaded.
 import contextlib
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -136,7 +137,10 @@ class Checkpoints:
                 raise OSError(f"the writer of {file.name} did not get to its end")
             checksums.setdefault(file.name, file_checksum(file))
         (staging / _CHECKSUMS).write_text(json.dumps(checksums))
-        (staging / PROGRESS).write_text(json.dumps(asdict(progress)))
+        with (staging / PROGRESS).open("w") as file:
+            file.write(json.dumps(asdict(progress)))
+            file.flush()
+            os.fsync(file.fileno())  # it has no checksum: it must not be the last to reach the disk
         target = self._folder / f"step_{progress.step:06d}"
         shutil.rmtree(target, ignore_errors=True)
         staging.rename(target)

@@ -15,15 +15,25 @@ PROGRESS = "progress.json"
 # What a run learns, apart from its data and its model, which are compared by their contents.
 _MEANING = {"method", "teacher", "prompts", "objective"}
 _ONLY_MEMORY = {"teacher.placement", "objective.chunk_size"}
+_OF_A_TEACHER = {"prompts.teacher_template", "prompts.answer_template", "prompts.teacher_thinking"} | {
+    "prompts.teacher_prefix",
+    "objective.kind",
+    "objective.beta",
+    "objective.clip_mode",
+    "objective.clip",
+    "objective.importance_cap",
+    "objective.allow_biased_sampling",
+}
 
 
 def meaning(config: Config) -> dict[str, Any]:
     """The settings that a run must keep to stay the same training, by their dotted names."""
-    sections = config.model_dump(mode="json", include=_MEANING)
+    sections = config.model_dump(mode="json", include=_MEANING - (set() if config.teacher_kind else {"teacher"}))
     settings = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
-    return {name: value for name, value in settings.items() if name not in _ONLY_MEMORY} | {
-        "train.seed": config.train.seed
-    }
+    unread = _ONLY_MEMORY | (set() if config.teacher_kind else _OF_A_TEACHER)
+    if config.teacher_kind != "ema":
+        unread |= {"teacher.ema_decay"}
+    return {name: value for name, value in settings.items() if name not in unread} | {"train.seed": config.train.seed}
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -60,13 +70,21 @@ def choose(run_dir: RunDir, resume: str) -> Path | None:
     return newest if resume == "auto" else Path(resume)
 
 
-def check(config: Config) -> list[str]:
-    """Whether a start may go on from the checkpoint that it selects. Returns the changes that the user allows.
+def check(config: Config) -> None:
+    """Check whether a start may go on from the checkpoint that it will select if none is damaged.
 
     Raises:
-        UserError: as :func:`choose`; or settings have changed that the run must keep.
+        UserError: as :func:`choose` and :func:`check_meaning`.
     """
-    path = choose(RunDir(config.logging.run_dir), config.checkpoint.resume)
+    check_meaning(choose(RunDir(config.logging.run_dir), config.checkpoint.resume), config)
+
+
+def check_meaning(path: Path | None, config: Config) -> list[str]:
+    """Check whether a run may go on from a checkpoint. Returns the changes that the user allows.
+
+    Raises:
+        UserError: settings have changed that the run must keep.
+    """
     if path is None:
         return []
     before = read_progress(path).meaning
@@ -85,15 +103,16 @@ def is_done(config: Config) -> int | None:
     """How many steps are done, if no more are to be done and the trained model is there where it is wanted."""
     run_dir = RunDir(config.logging.run_dir)
     path = choose(run_dir, config.checkpoint.resume)
-    if path is None or (config.checkpoint.export_hf and not run_dir.hf.exists()):
+    if path is None:
         return None
     step = read_progress(path).step
-    return step if step >= config.train.steps else None
+    exported = not config.checkpoint.export_hf or run_dir.exported_step() == step
+    return step if step >= config.train.steps and exported else None
 
 
 def complete_ones(folder: Path) -> list[Path]:
-    """The complete checkpoints in a folder."""
-    return [file.parent for file in folder.glob(f"step_*/{PROGRESS}")]
+    """The complete checkpoints in a folder. A machine that lost its power may have left an empty file."""
+    return [file.parent for file in folder.glob(f"step_*/{PROGRESS}") if file.stat().st_size]
 
 
 def read_progress(path: Path) -> Progress:

@@ -30,6 +30,7 @@ class RunDir:
         self.skipped = self.path / "skipped"
         self.logs = self.path / "logs"
         self.hf = self.path / "hf"
+        self._exported = self.path / "hf.step"
         self.outcome = self.path / "outcome"
 
     def rollouts(self, step: int) -> Path:
@@ -83,6 +84,17 @@ class RunDir:
         else:
             self.config.write_text(text)
 
+    def exported_step(self) -> int | None:
+        """The step whose model is in hf/; None if there is none, or not all of it."""
+        known = self.hf.exists() and self._exported.exists()
+        return int(self._exported.read_text()) if known else None
+
+    def write_exported_step(self, step: int | None) -> None:
+        """Note which step's model is in hf/; None before another one is written there."""
+        self._exported.unlink(missing_ok=True)
+        if step is not None:
+            self._exported.write_text(str(step))
+
     def write_outcome(self, outcome: Literal["finished", "interrupted", "stopped"], why: str) -> None:
         """Leave one line for whoever started the run. A run that crashes leaves none.
 
@@ -96,10 +108,12 @@ class RunDir:
 
     def write_mistake(self, why: str) -> None:
         """Leave why a start has not become a run. Where another run owns the folder, its outcome is its own."""
-        with contextlib.suppress(OSError):  # the mistake may be that the folder cannot be written to
+        with contextlib.suppress(OSError, UserError):  # the mistake may be that the folder cannot be written to
             self.path.mkdir(parents=True, exist_ok=True)
             if not RunLock(self.path).is_anothers():
                 self.write_outcome("stopped", why)
+            elif job := os.environ.get("SLURM_JOB_ID"):
+                (self.path / f"refused_{job}").write_text(f"{why}\n")  # for the batch script of that job
 
     def read_outcome(self) -> tuple[str, str]:
         """Outcome and reason; both are empty if the run crashed or is still running."""

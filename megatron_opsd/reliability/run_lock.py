@@ -11,18 +11,17 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import psutil
 
 from megatron_opsd.errors import UserError
 
 REFRESH_SECONDS = 30.0
 STALE_SECONDS = 120.0
-SETTLE_SECONDS = 0.2  # two that take over a stale lock at once: the later one wins, and the other sees it
 POLL_SECONDS = 1.0
+START_TIME = 19  # among the fields of /proc/PID/stat behind the name: clock ticks after the boot
 
 
 class InUseError(UserError):
@@ -36,31 +35,35 @@ class Owner:
     host: str
     pid: int
     machine: str  # one boot of a machine, and its namespace of process ids
-    born: float  # when the process was started: process ids come again
+    born: str  # when the process was started: process ids come again
     job: str = ""  # of SLURM
     restart: int = 0  # how often SLURM has started that job again
 
     @classmethod
     def of_this_process(cls, environment: Mapping[str, str] = os.environ) -> "Owner":
-        boot = Path("/proc/sys/kernel/random/boot_id")
-        namespace = Path("/proc/self/ns/pid")
-        machine = f"{boot.read_text().strip()} {namespace.readlink()}" if boot.exists() else socket.gethostname()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        machine = f"{boot} {Path('/proc/self/ns/pid').readlink()}"
         job, restart = environment.get("SLURM_JOB_ID", ""), environment.get("SLURM_RESTART_COUNT", "0")
-        return cls(socket.gethostname(), os.getpid(), machine, psutil.Process().create_time(), job, int(restart))
+        return cls(socket.gethostname(), os.getpid(), machine, _born(os.getpid()), job, int(restart))
 
     def lives_here(self) -> bool | None:
         """Whether the process lives; None where this machine cannot know."""
         if self.machine != Owner.of_this_process().machine:
             return None
-        try:
-            process = psutil.Process(self.pid)
-            return process.create_time() == self.born and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
+        return _born(self.pid) == self.born
 
     def __str__(self) -> str:
         job = f", SLURM job {self.job}" if self.job else ""
         return f"process {self.pid} on {self.host}{job}"
+
+
+def _born(pid: int) -> str:
+    """When a process was started, by a clock that nobody sets; empty if it has ended."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if state in "ZX" else fields[START_TIME - 1]
 
 
 class RunLock:
@@ -75,36 +78,41 @@ class RunLock:
         """Take the lock; wait where it takes time to see whether its owner lives. ``say`` tells the user.
 
         Raises:
-            InUseError: its owner lives.
+            InUseError: its owner lives, or another start was faster.
         """
-        owner = self.owner()
-        if owner and not self._is_free(owner):
-            self._wait_until_stale(owner, say)
-        self._write(taken_over=owner is not None)
-        if owner:
-            time.sleep(SETTLE_SECONDS)
-            self._check()
+        if owner := self.owner():
+            if not self._is_free(owner):
+                self._wait_until_stale(owner, say)
+            self._put_aside(owner)
+        self._create()
         threading.Thread(target=self._refresh, name="run lock", daemon=True).start()
 
     def release(self) -> None:
         """Leave the folder to the next run."""
         self._released.set()
-        if self.owner() == self._own:
-            self._file.unlink()
+        with contextlib.suppress(OSError, UserError):  # what is left is stale soon
+            if self.owner() == self._own:
+                self._file.unlink()
 
     def owner(self) -> Owner | None:
         """Who holds the lock, dead or alive."""
+        return self._read(self._file)
+
+    def is_anothers(self) -> bool:
+        """Whether the lock of a run is there that may live, and to which this process does not belong."""
+        owner = self.owner()
+        if owner is None or owner == self._own:
+            return False
+        same_start = owner.job != "" and (owner.job, owner.restart) == (self._own.job, self._own.restart)
+        return not same_start and not self._is_free(owner)
+
+    def _read(self, file: Path) -> Owner | None:
         try:
-            return Owner(**json.loads(self._file.read_text()))
+            return Owner(**json.loads(file.read_text()))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, TypeError):
             raise UserError(f"{self._file}: is not the lock of a run; remove it") from None
-
-    def is_anothers(self) -> bool:
-        """Whether the lock of a process is there that may live, other than this one."""
-        owner = self.owner()
-        return owner is not None and owner != self._own and not self._is_free(owner)
 
     def _is_free(self, owner: Owner) -> bool:
         restarted = owner.job != "" and owner.job == self._own.job and owner.restart < self._own.restart
@@ -112,7 +120,7 @@ class RunLock:
 
     def _age(self) -> float:
         """Seconds since the lock was refreshed, both times by the file server's clock."""
-        probe = self._file.with_name(f".lock.{self._own.host}.{self._own.pid}")
+        probe = self._unique()
         probe.touch()
         try:
             return probe.stat().st_mtime - self._file.stat().st_mtime
@@ -132,36 +140,54 @@ class RunLock:
                     break  # refreshed
             else:
                 return
-        raise InUseError(
-            f"logging.run_dir = {str(self._folder)!r}: {owner} trains there, as its file lock says; wait for its end, "
-            "or choose another --logging.run_dir"
-        )
+        raise self._in_use(owner)
 
-    def _write(self, taken_over: bool) -> None:
-        staging = self._file.with_name(f".lock.{self._own.host}.{self._own.pid}")
-        staging.write_text(json.dumps(asdict(self._own)))
+    def _put_aside(self, owner: Owner) -> None:
+        """Remove the lock of ``owner``, of which nobody else may have made its own meanwhile."""
+        aside = self._unique()
         try:
-            if taken_over:
-                staging.replace(self._file)
-            else:
-                self._file.hardlink_to(staging)  # unlike a rename, only one of two succeeds
-        except FileExistsError:
-            self._check()
-        finally:
-            staging.unlink(missing_ok=True)
+            self._file.rename(aside)  # of several starts, only one finds it
+        except FileNotFoundError:
+            return
+        found = self._read(aside)
+        if found != owner:
+            with contextlib.suppress(FileExistsError):
+                self._file.hardlink_to(aside)
+        aside.unlink()
+        if found is not None and found != owner:
+            raise self._in_use(found)
 
-    def _check(self) -> None:
-        if (owner := self.owner()) != self._own:
-            raise InUseError(
-                f"logging.run_dir = {str(self._folder)!r}: {owner} has just started there; choose another "
-                "--logging.run_dir"
-            )
+    def _create(self) -> None:
+        staging, text = self._unique(), json.dumps(asdict(self._own))
+        staging.write_text(text)
+        try:
+            self._file.hardlink_to(staging)  # unlike a rename, only one of several succeeds
+        except FileExistsError:
+            raise self._in_use(self.owner()) from None
+        except OSError:  # a file system without hard links
+            with self._file.open("x") as file:
+                file.write(text)
+        finally:
+            staging.unlink()
+
+    def _unique(self) -> Path:
+        return self._file.with_name(f".lock.{uuid.uuid4().hex}")
+
+    def _in_use(self, owner: Owner | None) -> InUseError:
+        return InUseError(
+            f"logging.run_dir = {str(self._folder)!r}: {owner or 'another start'} trains there, as its file lock says; "
+            "wait for its end, or choose another --logging.run_dir"
+        )
 
     def _refresh(self) -> None:
         """A run that was stopped for minutes may have lost its folder: it ends then, before it writes there."""
         while not self._released.wait(REFRESH_SECONDS):
-            with contextlib.suppress(OSError):  # the file server is away; so it is for the others
-                if self.owner() != self._own:
-                    print(f"opsd: {self._folder}: {self.owner()} has taken it over; leaving", flush=True)
+            with contextlib.suppress(OSError, UserError):  # the file server is away; so it is for the others
+                owner = self.owner()
+                if owner == self._own:
+                    os.utime(self._file)
+                elif owner and not self._released.is_set():
+                    print(f"opsd: {self._folder}: {owner} has taken it over; leaving", flush=True)
                     os._exit(1)
-                os.utime(self._file)
+                elif not self._released.is_set():  # somebody has removed it by hand
+                    self._create()

@@ -38,8 +38,8 @@ def is_weights(file: Path) -> bool:
 def copy_model_files(source: Path, target: Path, dtype: torch.dtype) -> None:
     """Copy all of a model's directory but weights and what is hidden, and write ``dtype`` into its config.json.
 
-    A folder below it that holds weights (onnx/, original/, a training's checkpoints) is left out whole. What a link
-    leads to is copied, and the modes are those of new files.
+    What is no file (a link to nowhere, a pipe) is left out. A folder below it that holds weights (onnx/, original/, a
+    training's checkpoints) is left out whole. What a link leads to is copied, and the modes are those of new files.
 
     Raises:
         UserError: something cannot be copied; names it.
@@ -56,9 +56,14 @@ def _copy(source: Path, target: Path, left_out: Path) -> None:
         for place in sorted(source.iterdir()):
             if place.name.startswith(".") or is_weights(place):
                 continue
-            if not place.is_dir():
+            if place.is_file():
                 shutil.copyfile(place, target / place.name)
-            elif not _is_above(place, left_out) and not _is_above(place, source) and not _holds_weights(place):
+            elif (
+                place.is_dir()
+                and not _is_above(place, left_out)
+                and not _is_above(place, source)
+                and not _holds_weights(place)
+            ):
                 _copy(place, target / place.name, left_out)
     except OSError as error:
         raise UserError(f"{place}: cannot be copied to {target} ({error.strerror or error})") from None

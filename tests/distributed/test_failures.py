@@ -174,6 +174,13 @@ def test_a_run_past_its_goal_ends_at_once(unbroken: Unbroken) -> None:
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == before
     assert_equal_runs(run_dir, unbroken.run_dir)
 
+    (run_dir / "hf.step").write_text("3")  # killed before the export of a run that was made longer
+    shutil.rmtree(run_dir / "hf")
+    shutil.copytree(ARITHMETIC / "base", run_dir / "hf")
+    run = unbroken.complete(run_dir)
+    assert began_after(run) == STEPS
+    assert (run_dir / "hf.step").read_text() == str(STEPS)
+
 
 def test_a_second_run_in_a_living_ones_folder(unbroken: Unbroken) -> None:
     run_dir = unbroken.sibling("shared_folder")

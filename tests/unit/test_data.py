@@ -127,7 +127,8 @@ def test_problems_as_chats_and_answers_inside_of_columns(tmp_path: Path) -> None
         answer_column="reward_model.ground_truth",
     )
     wanted = [Example(i, "1+1?", "", "2") for i in range(len(chats))]
-    assert load_examples(config, reads="answer") == check_data(config, reads="answer") == wanted
+    assert load_examples(config, reads="answer") == wanted
+    assert check_data(config, reads="answer") == (wanted, True)
     parquet = write_parquet(tmp_path / "a.parquet", rows[1:2])
     assert load_examples(config.model_copy(update={"path": parquet}), reads="answer") == wanted[:1]
 
@@ -141,7 +142,9 @@ def test_a_byte_order_mark_is_no_mistake(tmp_path: Path) -> None:
 def test_check_reads_no_further_than_it_must(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_opsd.data.datasets.CHECKED_ROWS", 2)
     path = write_jsonl(tmp_path / "a.jsonl", [*ROWS[:2], {"problem": 3}])
-    assert len(check_data(DataConfig(path=path))) == 2
+    examples, all_of_it = check_data(DataConfig(path=path))
+    assert len(examples) == 2
+    assert not all_of_it
     assert "a.jsonl:3" in fail(load_examples, DataConfig(path=path))
 
 
