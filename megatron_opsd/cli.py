@@ -1,6 +1,7 @@
 """The command line: ``opsd``, or ``python -m megatron_opsd`` under torchrun."""
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -62,6 +63,8 @@ def _run(arguments: Sequence[str] | None) -> None:
     command, overrides = options.pop("command"), {name: options.pop(name) for name in fields() if name in options}
     warnings.filterwarnings("ignore", module=r"megatron\.core|torch")  # at import: what a machine does not have
     if unknown:
+        if not unknown[0].startswith("--"):
+            raise UserError(f"{unknown[0]}: not expected here; settings are given as --section.key value")
         own = [name.replace("_", "-") for name in options if name not in ("config", "direction")]
         nearest = nearest_name(unknown[0].removeprefix("--"), own, [] if command == "convert" else list(fields()))
         raise UserError(f"{unknown[0]}: unknown option; the nearest valid one is --{nearest}")
@@ -177,8 +180,10 @@ def _plan(config: Config, options: argparse.Namespace) -> None:
     from megatron_opsd.plan.report import run_plan
 
     for name in ("nodes", "gpus_per_node", "gpu_memory_gib"):
-        if not getattr(options, name) > 0:
-            raise UserError(f"--{name.replace('_', '-')} = {getattr(options, name)}: must be greater than 0")
+        if not 0 < getattr(options, name) < math.inf:
+            raise UserError(
+                f"--{name.replace('_', '-')} = {getattr(options, name)}: must be greater than 0, and finite"
+            )
     if options.nodes * options.gpus_per_node > MOST_GPUS:
         size = f"--nodes {options.nodes} x --gpus-per-node {options.gpus_per_node}"
         raise UserError(f"{size}: plans end at {MOST_GPUS} GPUs; name fewer")

@@ -4,6 +4,7 @@ The string under each field is its ``--help``. What can be said of settings with
 here, by validators whose errors name the settings; the rest is plan/preflight.py's.
 """
 
+import os
 from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit
 
@@ -32,10 +33,11 @@ ANSWER_TEMPLATE = (
     + _CLOSING
 )
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0, lt=2**31)]
+NonNegative = Annotated[int, Field(ge=0, lt=2**31)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
-Minutes = Annotated[float, Field(gt=0)]
+Minutes = Annotated[float, Field(gt=0, le=525_600)]  # a year
+Place = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 
 
 def _check_base_url(url: str) -> str:
@@ -64,7 +66,7 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    path: Annotated[str, Field(min_length=1)]
+    path: Place
     """Hugging Face directory of the model: config.json, safetensors, tokenizer. Student and teacher start here."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the parameters and activations. Gradients and optimizer states are float32 either way."""
@@ -135,7 +137,7 @@ class ParallelConfig(Section):
     """Ranks that share each layer's experts, in models that have them: tensor- and data-parallel ranks side by side."""
     sequence_parallel: bool = False
     """Also split the norms' activations over the tensor-parallel ranks."""
-    timeout_minutes: Positive = 120
+    timeout_minutes: Annotated[int, Field(gt=0, le=525_600)] = 120
     """A collective that waits longer than this ends the run. Those of [timeouts] say more, if they strike first."""
 
     @model_validator(mode="after")
@@ -146,7 +148,7 @@ class ParallelConfig(Section):
 
 
 class DataConfig(Section):
-    path: Annotated[str, Field(min_length=1)]
+    path: Place
     """JSONL, JSON or parquet file, or a dataset's id on the Hugging Face hub."""
     subset: str | None = None
     """Configuration of a dataset from the hub, such as `main` of openai/gsm8k."""
@@ -230,7 +232,7 @@ class ObjectiveConfig(Section):
     have this default, and that of clip_mode and clip: docs/numerics.md says why."""
     beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """The teacher's weight in the mixture of `jsd` and `skewed_kl`."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     """Both distributions are softmax(logits / temperature)."""
     clip_mode: Literal["none", "entry", "token", "saturate"] = "saturate"
     """What is clipped: nothing, each vocabulary entry (the paper), the token's sum, or each entry softly. See
@@ -263,7 +265,7 @@ class OptimConfig(Section):
     """Decay of Adam's first moment."""
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     """Decay of Adam's second moment."""
-    adam_eps: Annotated[float, Field(gt=0)] = 1e-8
+    adam_eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
     """Adam's denominator offset."""
     clip_grad: Annotated[float, Field(ge=0)] = 1.0
     """Largest global gradient norm; 0 to leave it alone."""
@@ -308,7 +310,7 @@ class CheckpointConfig(Section):
     signal_lead_seconds: Annotated[float, Field(gt=0)] = 300
     """Time between USR1 and the end of the job: the N of `sbatch --signal=B:USR1@N`. A step that does not end in time
     for the save is given up."""
-    resume: str = "never"
+    resume: Place = "never"
     """`never`, `auto` (the newest complete checkpoint of the run directory, if any) or a checkpoint's directory."""
     allow_changes: bool = False
     """Go on although [method], [teacher], [prompts], [objective], train.seed, the data or the model have changed since
@@ -368,7 +370,7 @@ class TimeoutsConfig(Section):
 
 
 class LoggingConfig(Section):
-    run_dir: Annotated[str, Field(min_length=1)] = "runs/opsd"
+    run_dir: Place = "runs/opsd"
     """Folder for the resolved config, metrics, logs, rollouts, checkpoints and the exported model."""
     tensorboard: bool = True
     """Also write TensorBoard events."""

@@ -46,13 +46,15 @@ def check_folder(path: Path, remedy: str = "correct the path") -> None:
 
 
 def check_writable(file: Path, option: str) -> None:
-    """Check, by writing beside it, that a file can be written later.
+    """Check, by writing beside it, that a new file can be written later.
 
     Raises:
-        UserError: it is a folder, or its folder cannot be made or written to.
+        UserError: it exists, or its folder cannot be made or written to.
     """
     if file.is_dir():
         raise UserError(f"{option} = {file}: is a folder, and a file is needed; name a file in it")
+    if os.path.lexists(file):
+        raise UserError(f"{option} = {file}: exists already; remove it or name another file")
     existing = next(parent for parent in file.absolute().parents if os.path.lexists(parent))
     try_to_write(existing, f"{option} = {file}")
 
@@ -69,6 +71,20 @@ def try_to_write(folder: Path, what: str) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"{what}: cannot write to {folder} ({error.strerror}); choose another folder") from None
+
+
+def check_name(path: str, setting: str) -> None:
+    """Check that the system can name a file so. It need not exist.
+
+    Raises:
+        UserError: the name is too long, or has a character that no name may have.
+    """
+    try:
+        Path(path).stat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
+    except (OSError, ValueError) as error:
+        raise UserError(f"{setting} = {excerpt(path)}: cannot be a path ({error}); correct it") from None
 
 
 def read_bytes(file: Path, remedy: str = "correct the path") -> bytes:

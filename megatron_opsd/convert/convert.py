@@ -183,7 +183,7 @@ def _check_folders(source: Path, target: Path) -> None:
     if target.resolve().is_relative_to(source.resolve()):
         raise UserError(f"--hf and --megatron: {target} is in {source}; name a directory beside it")
     try:
-        exists = target.exists()
+        exists = target.exists() or target.is_symlink()
     except OSError as error:
         raise UserError(f"{target}: cannot be written ({error.strerror})") from None
     if exists:
@@ -242,7 +242,7 @@ def _new_directory(target: Path, size: int) -> Iterator[Path]:
     rank, _ = _rank_and_world_size()
     staging = target.with_name(f".{target.name}.tmp")
     _barrier()
-    lock = _lock(staging) if rank == 0 and staging.exists() else None  # an attempt that lives, or what one has left
+    lock = _lock(staging) if rank == 0 and os.path.lexists(staging) else None  # of an attempt that lives, or has died
     try:
         if rank == 0:
             shutil.rmtree(staging, ignore_errors=True)

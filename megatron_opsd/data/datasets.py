@@ -14,6 +14,7 @@ from megatron_opsd.data.grading import reference_answer
 from megatron_opsd.data.rows import read_rows
 from megatron_opsd.data.values import BadValueError, columns, find, has
 from megatron_opsd.errors import UserError
+from megatron_opsd.files import check_name
 from megatron_opsd.types import Example, Grade
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def check_data(config: DataConfig, section: str = "data", reads: Reads = "soluti
 
     Raises as `load_examples` does.
     """
+    check_name(config.path, f"{section}.path")
     limit = CHECKED_ROWS if Path(config.path).exists() else CHECKED_HUB_ROWS
     examples = load_examples(config, section, reads, limit)
     return examples, len(examples) < limit

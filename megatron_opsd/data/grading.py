@@ -17,13 +17,14 @@ Method = Literal["math_verify", "exact"]
 SECONDS_PER_ANSWER = 5
 _MEMORY_LIMIT = 4 * 2**30  # bytes of address space for the process that compares
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
-_BARE = re.compile(r"[-+]?[\w./,\\%]*\w")  # what follows a box without braces
+# What follows a box without braces: $5$, (5), \frac{1}{2}, or letters and digits.
+_BARE = re.compile(r"\$[^$\n]*\$|\([^()\n]*\)|\\[a-zA-Z]+(?:\s*\{(?:[^{}]|\{[^{}]*\})*\})+|[-+\u2212]?[\w./,\\%]*\w")
 _GSM8K_ENDING = re.compile(r"####[ \t]*(\S.*?)\s*\Z")
 _VULGAR_FRACTION = re.compile("(?<=[0-9])(?=[\u00bc-\u00be\u2150-\u215e])")
 # Not all of NFKC: it would make 52 of 5².
 _WIDE_OR_FRACTION = re.compile("[\uff01-\uff5e\u00bc-\u00be\u2150-\u215e]")
 _LONGEST_NUMBER = 100  # characters; Python refuses to read numbers of thousands of digits
-_THIN_SPACE = re.compile(r"\\[,!;:]|\{,\}|~")
+_THIN_SPACE = re.compile(r"\\[,;: ]|~")
 _FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{(\d+)\}|(\d))\s*(?:\{(\d+)\}|(\d))")
 _THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:[, ]\d{3})+(?:\.\d+)?")
 _DECIMAL = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,3})?")
@@ -79,8 +80,8 @@ def is_correct(text: str, answer: str, method: Method = "math_verify") -> bool:
     found = extract_answer(text)
     if found is None:
         return False
-    found, answer = _strip(found), _strip(answer)
-    if found == answer:
+    found, answer = _plain(found), _plain(answer)
+    if _strip(found) == _strip(answer):
         return True
     if method == "exact":
         return False
@@ -90,16 +91,21 @@ def is_correct(text: str, answer: str, method: Method = "math_verify") -> bool:
     return _comparer.same_value(found, answer)
 
 
-def _strip(answer: str) -> str:
-    """Without what carries no meaning. A space between two digits does: 1 1/2 is not 11/2."""
+def _plain(answer: str) -> str:
+    """One way to write digits, fractions, minus and spaces; without dollar signs."""
     spaced = _VULGAR_FRACTION.sub(" ", answer.replace(r"\$", "").replace("$", ""))
     plain = _WIDE_OR_FRACTION.sub(lambda match: unicodedata.normalize("NFKC", match[0]), spaced).replace("\u2044", "/")
-    return re.sub(r"(?<![0-9])\s+|\s+(?![0-9\\])", "", " ".join(plain.split()))
+    return " ".join(plain.replace("\u2212", "-").split())
+
+
+def _strip(answer: str) -> str:
+    """Without the spaces that carry no meaning. One between two digits does: 1 1/2 is not 11/2."""
+    return re.sub(r"(?<![0-9.])\s+|\s+(?![0-9\\])", "", answer)
 
 
 def _number(text: str) -> Fraction | None:
     """A number in one of the ways in which people write it: 10,000, 10\\,000, 1e3, 1/2, a mixed number; else None."""
-    text = _THIN_SPACE.sub("", text)
+    text = _THIN_SPACE.sub(" ", text.replace(r"\!", "").replace("{,}", ","))
     text = _FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]}", text).strip()
     if len(text) > _LONGEST_NUMBER:
         return None

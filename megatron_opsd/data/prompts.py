@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
@@ -94,7 +94,8 @@ class PromptBuilder:
 
     def solution(self, example: Example) -> list[int]:
         """Ids of the reference solution as a response, the end of the turn included."""
-        assert self.tokenizer.eos_token
+        if not self.tokenizer.eos_token:
+            raise UserError(f"{self._where()}: the tokenizer has no eos_token, which ends a solution; name one")
         return self._encode(example.solution + str(self.tokenizer.eos_token))
 
     def _teacher(self, template: str, values: Mapping[str, str]) -> list[int]:
@@ -120,7 +121,15 @@ class PromptBuilder:
                     enable_thinking=thinking,
                 )
             )
-        except (TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        except (
+            TemplateError,
+            ValueError,
+            TypeError,
+            LookupError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+        ) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
                 f"{self._where()}: the chat template fails ({reason}); put one that works, as chat_template.jinja, "
@@ -159,12 +168,18 @@ def build_prompts(config: Config) -> PromptBuilder:
     )
 
 
+class _TokenizerConfig(AnyObject):
+    model_max_length: int | float | None = None
+    eos_token: str | dict[str, Any] | None = None
+    chat_template: str | list[Any] | dict[str, Any] | None = None
+
+
 def _check_tokenizer_files(model: Path) -> None:
     """Raise `UserError` where a file is broken: transformers would pass over it, or name neither file nor place."""
     remedy = "copy the tokenizer files of the original checkpoint there"
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
         if (model / name).exists():
-            read_json(model / name, AnyObject, remedy)
+            read_json(model / name, _TokenizerConfig if name == "tokenizer_config.json" else AnyObject, remedy)
     if (model / "chat_template.jinja").exists():
         read_text(model / "chat_template.jinja", remedy)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_opsd.config import DataConfig
 from megatron_opsd.errors import UserError
-from megatron_opsd.files import decode, parse_json, read_text
+from megatron_opsd.files import check_name, decode, parse_json, read_text
 
 _FILE_TYPES = (".jsonl", ".json", ".parquet")
 
@@ -22,9 +22,10 @@ def read_rows(config: DataConfig, section: str, preview: bool = False) -> Iterat
 
     Raises `UserError` when the data cannot be read; `section` is the configuration section that it names.
     """
+    check_name(config.path, f"{section}.path")
     path = Path(config.path)
-    field = f"{section}.path = '{config.path}'"
-    if path.suffix not in _FILE_TYPES:
+    field, suffix = f"{section}.path = '{config.path}'", path.suffix.lower()
+    if suffix not in _FILE_TYPES:
         if path.is_file():
             raise UserError(f"{field}: unknown kind of file, convert it to one of {', '.join(_FILE_TYPES)}")
         return _dataset_rows(config, section, preview)
@@ -34,9 +35,9 @@ def read_rows(config: DataConfig, section: str, preview: bool = False) -> Iterat
         raise UserError(f"{field}: no such file, correct the path")
     if config.split != "train":
         raise UserError(f"{section}.split = '{config.split}': a single file has the split 'train' only")
-    if path.suffix == ".parquet":
+    if suffix == ".parquet":
         return _dataset_rows(config, section, preview)
-    return _json_rows(path) if path.suffix == ".json" else _jsonl_rows(path)
+    return _json_rows(path) if suffix == ".json" else _jsonl_rows(path)
 
 
 def _jsonl_rows(path: Path) -> Iterator[PlacedRow]:
@@ -94,7 +95,7 @@ def _dataset_rows(config: DataConfig, section: str, preview: bool) -> Iterator[P
     path = Path(config.path)
     datasets.utils.logging.set_verbosity(logging.CRITICAL)  # what it logs of an error, the error says too
     try:
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
             rows = datasets.load_dataset("parquet", data_files=config.path, split="train", streaming=True)
         elif preview and (path.is_dir() or not datasets.config.HF_HUB_OFFLINE):
             whole_split = re.split(r"[\[+]", config.split)[0]  # streams know no slices such as train[:100]

@@ -51,11 +51,12 @@ class Sampler:
         Raises `UserError` for other data or another seed; with ``allow_changes`` their order begins instead.
         """
         for name, now in self._identity().items():
-            if state[name] != now and allow_changes:
+            before = state.get(name)
+            if before != now and allow_changes:
                 return
-            if state[name] != now:
+            if before != now:
                 raise UserError(
-                    f"cannot resume: the checkpoint's sampler had {name} {state[name]}, this run has {now}; use the "
+                    f"cannot resume: the checkpoint's sampler had {name} {before}, this run has {now}; use the "
                     "first start's data, limits and seed, another --logging.run_dir, or --checkpoint.allow_changes true"
                 )
         self._start_epoch(int(state["epoch"]))

@@ -75,7 +75,7 @@ def answer(value: Any) -> str | None:
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
     if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
-        if not math.isfinite(value):
+        if not isinstance(value, int) and not math.isfinite(value):
             raise BadValueError(f"holds {value}, which is no number an answer can be compared with")
         return str(value)
     if not isinstance(value, str):

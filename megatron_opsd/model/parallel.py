@@ -127,8 +127,7 @@ def _join(timeout: timedelta) -> None:
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "29500")
-        _check_port_is_free(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        os.environ["MASTER_PORT"] = str(_free_port(os.environ["MASTER_ADDR"], os.environ.get("MASTER_PORT", "0")))
     if not torch.cuda.is_available():
         dist.init_process_group("gloo", timeout=timeout)
         return
@@ -180,12 +179,14 @@ def finalize() -> None:
         dist.destroy_process_group()
 
 
-def _check_port_is_free(host: str, port: int) -> None:
+def _free_port(host: str, port: str) -> int:
+    """The port, if nobody listens there; any free one for port 0."""
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a run that has just ended holds no port
         try:
-            sock.bind((host, port))
-        except OSError as error:
+            sock.bind((host, int(port)))
+            return sock.getsockname()[1]
+        except (OSError, ValueError, OverflowError) as error:
             raise UserError(
                 f"MASTER_PORT={port}: the port is in use on {host}; set MASTER_PORT to a free one"
             ) from error

@@ -1,5 +1,6 @@
 """What a run's inputs hold, looked at before the start: weights' headers, the tokenizer, prompts as rendered, rows."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -51,6 +52,7 @@ def check_rows(config: Config, prompts: PromptBuilder, train: bool) -> list[str]
     if train:
         train_on, all_of_it = check_data(config.data, "data", config.method.reads)
         _check_prompts(config, prompts, train_on)
+        warnings += _check_control_tokens(config, prompts, train_on)
         if all_of_it:
             _check_limits(config, prompts, train_on)
         drawn = config.train.global_batch_size // config.rollout.samples_per_prompt
@@ -79,9 +81,23 @@ def _check_prompts(config: Config, prompts: PromptBuilder, examples: Sequence[Ex
         prompts.student(example)
         if teacher and config.method.reads == "solution":
             prompts.teacher(example)
+        if teacher and not config.method.writes_rollouts:
             prompts.solution(example)
-        elif teacher and config.method.reads == "answer" and example.answer is not None:
+        if teacher and config.method.reads == "answer" and example.answer is not None:
             prompts.teacher_with_answer(example)
+
+
+def _check_control_tokens(config: Config, prompts: PromptBuilder, examples: Sequence[Example]) -> list[str]:
+    """Warn where a row's text would be read as the end of a turn, or as another token of the chat template."""
+    control = {str(token) for token in prompts.tokenizer.added_tokens_decoder.values() if token.special}
+    pattern = re.compile("|".join(map(re.escape, sorted(control))) or r"(?!)")
+    found = [match[0] for example in examples if (match := pattern.search(example.problem + example.solution))]
+    if not found:
+        return []
+    return [
+        f"{config.data.path}: {len(found)} of the first {len(examples)} rows hold text such as {found[0]}, which the "
+        "tokenizer reads as a control token; take it out"
+    ]
 
 
 def _check_limits(config: Config, prompts: PromptBuilder, examples: Sequence[Example]) -> None:
@@ -91,9 +107,11 @@ def _check_limits(config: Config, prompts: PromptBuilder, examples: Sequence[Exa
     drop_long(shortest, prompts.tokenizer, config.data.max_problem_tokens, solutions)
 
 
-def check_turns(prompts: PromptBuilder, path: str) -> list[str]:
+def check_turns(prompts: PromptBuilder, arch: Architecture, path: str) -> list[str]:
     """Warn where responses may not end with their turn, or not begin as the assistant's."""
     question = [{"role": "user", "content": "A question?"}]
+    own = prompts.tokenizer.eos_token_id
+    ends = _eos_ids(Path(path), arch.vocab_size) | ({own} if isinstance(own, int) else set())
     asked = prompts.render_chat(question, prompts.student_thinking)
     warnings = []
     if asked == prompts.render_chat(question, prompts.student_thinking, add_generation_prompt=False):
@@ -106,8 +124,6 @@ def check_turns(prompts: PromptBuilder, path: str) -> list[str]:
     if _ANSWER not in answered:
         return warnings
     ending = prompts.tokenizer.encode(answered.rpartition(_ANSWER)[2].lstrip(), add_special_tokens=False)[:1]
-    own = prompts.tokenizer.eos_token_id
-    ends = _eos_ids(Path(path)) | ({own} if isinstance(own, int) else set())
     if ending and ending[0] in prompts.tokenizer.added_tokens_decoder and ending[0] not in ends:
         token = prompts.tokenizer.convert_ids_to_tokens(ending[0])
         warnings.append(
@@ -126,9 +142,13 @@ class _GenerationConfig(BaseModel):
     eos_token_id: Annotated[list[int], BeforeValidator(_as_list)] = []
 
 
-def _eos_ids(model: Path) -> set[int]:
+def _eos_ids(model: Path, vocab_size: int) -> set[int]:
     """The ids at which vLLM ends a response, beside the tokenizer's own."""
     file = model / "generation_config.json"
     file = file if file.exists() else model / "config.json"
     remedy = "correct it, or copy it from the original checkpoint"
-    return set(read_json(file, _GenerationConfig, remedy).eos_token_id)
+    ids = read_json(file, _GenerationConfig, remedy).eos_token_id
+    for token in ids:
+        if not 0 <= token < vocab_size:
+            raise UserError(f"{file}: eos_token_id = {token}: the vocabulary has {vocab_size} ids; {remedy}")
+    return set(ids)

@@ -1,8 +1,10 @@
 """Finds a user's mistakes before any process group is created and any weight is read. Needs no GPU."""
 
 import importlib.util
+import math
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import psutil
 
@@ -48,13 +50,30 @@ def check(config: Config, world_size: int | None, train: bool = True, starts_her
     check_lengths(config, arch, prompts, train)
     if colocated and (starts_here or "kv_cache_gib" in config.rollout.model_fields_set):
         check_kv_cache(config, arch, max_model_len(config, prompts))
-    RunDir(config.logging.run_dir).check()
+    run_dir = RunDir(config.logging.run_dir)
+    run_dir.check()
     if train:
+        check_places(config, run_dir)
         resume.check(config)
     warnings = contents.check_rows(config, prompts, train)
-    warnings += contents.check_turns(prompts, path)
+    warnings += contents.check_turns(prompts, arch, path)
+    if train and config.optim.warmup_steps >= config.train.steps:
+        warnings.append(
+            f"optim.warmup_steps = {config.optim.warmup_steps} is not below train.steps = {config.train.steps}: the "
+            "learning rate does not reach optim.lr"
+        )
     contents.check_weights(path, arch)
     return warnings
+
+
+def check_places(config: Config, run_dir: RunDir) -> None:
+    """Refuse a run that would write into the model that it starts from."""
+    model = Path(config.model.path).resolve()
+    if run_dir.path.resolve().is_relative_to(model) or model.is_relative_to(run_dir.hf.resolve()):
+        raise UserError(
+            f"logging.run_dir = {config.logging.run_dir!r}: the run would write into model.path = "
+            f"{config.model.path!r}; choose another folder"
+        )
 
 
 def check_server(config: Config) -> None:
@@ -205,7 +224,12 @@ def check_batch(config: Config, world_size: int | None) -> None:
 
 
 def check_lengths(config: Config, arch: Architecture, prompts: PromptBuilder, train: bool) -> None:
-    """Check the longest sequences against the model's positions."""
+    """Check the longest sequences against the model's positions, and a guard against the vocabulary."""
+    lowest, most = config.guards.min_entropy, math.log(arch.vocab_size)
+    if lowest is not None and lowest >= most:
+        raise UserError(
+            f"guards.min_entropy = {lowest:g}: no distribution over this vocabulary has {most:.4g}; lower it"
+        )
     longest = {"student": max_model_len(config, prompts)}
     data, nothing = config.data, Example(0, "", "", "")
     if train and not config.method.writes_rollouts:
@@ -242,7 +266,8 @@ def check_kv_cache(config: Config, arch: Architecture, length: int) -> None:
             f"rollout.kv_cache_gib = {gib} is too little for one sequence of {length} tokens, which needs "
             f"{needed:.3g} GiB; raise it or lower rollout.max_response_tokens"
         )
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local = os.environ.get("LOCAL_WORLD_SIZE", "")
+    ranks = int(local) if local.isdecimal() else 1
     available = psutil.virtual_memory().available / 2**30
     if gib * ranks > available:
         raise UserError(

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_opsd.config import Config
+from pydantic import BaseModel, ConfigDict
+
+from megatron_opsd.config import Config, Positive
 from megatron_opsd.errors import UserError
-from megatron_opsd.files import excerpt, parse_json, read_text
+from megatron_opsd.files import excerpt, read_json
 from megatron_opsd.reliability.run_dir import RunDir
 from megatron_opsd.types import Progress
 
@@ -24,6 +26,19 @@ _OF_A_TEACHER = {"prompts.teacher_template", "prompts.answer_template", "prompts
     "objective.importance_cap",
     "objective.allow_biased_sampling",
 }
+
+
+class _Progress(BaseModel):
+    """A :class:`Progress` in its file."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    teacher: str
+    sampler: dict[str, int | str]
+    step: Positive
+    evaluated_step: int = -1
+    guards: dict[str, Any] = {}
+    meaning: dict[str, Any]
 
 
 def meaning(config: Config) -> dict[str, Any]:
@@ -123,8 +138,8 @@ def read_progress(path: Path) -> Progress:
     """
     file = path / PROGRESS
     if not file.is_file():
-        raise UserError(f"{path}: not a complete checkpoint (no {PROGRESS})")
-    try:
-        return Progress(**parse_json(read_text(file), str(file)))
-    except TypeError as error:
-        raise UserError(f"{file}: not the progress of a run ({error}); resume from another checkpoint") from None
+        raise UserError(
+            f"{path}: not a complete checkpoint (no {PROGRESS}); checkpoint.resume is never, auto, or a folder such as "
+            "checkpoints/step_000050 of a run"
+        )
+    return Progress(**read_json(file, _Progress, "resume from another checkpoint").model_dump())

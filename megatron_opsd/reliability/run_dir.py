@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from megatron_opsd import events
 from megatron_opsd.errors import UserError
-from megatron_opsd.files import try_to_write
+from megatron_opsd.files import check_name, try_to_write
 from megatron_opsd.reliability.run_lock import RunLock
 
 _MEASURED = ("seconds_", "memory_", "tokens_per_second")  # metrics of the machine, not of the training
@@ -55,6 +55,11 @@ class RunDir:
             UserError: it cannot, or anybody can: somebody else could then have put a checkpoint there.
         """
         field = f"logging.run_dir = {str(self.path)!r}"
+        check_name(str(self.path), "logging.run_dir")
+        RunLock(self.path).owner()  # which can be read, whoever it is
+        for path in self.path.glob("*"):
+            if path.is_symlink() and not path.exists():
+                raise UserError(f"{field}: {path} is a link to nowhere; remove it")
         for file in (self.config, self.metrics, self.evaluations, self.events, self.outcome):
             if file.is_dir():
                 raise UserError(f"{field}: {file} is a folder, where the run writes a file; move it away")
@@ -133,7 +138,9 @@ def complete_lines(file: Path) -> list[str]:
     """The lines of a file without the half line that a killed run may have left; none if there is no file yet."""
     if not file.exists():
         return []
-    with file.open() as lines:  # str.splitlines would also split at characters that JSON does not escape
+    with file.open(
+        errors="replace"
+    ) as lines:  # str.splitlines would also split at characters that JSON does not escape
         return [line for line in lines if line.endswith("\n")]
 
 

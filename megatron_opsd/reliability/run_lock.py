@@ -43,8 +43,15 @@ class Owner:
     def of_this_process(cls, environment: Mapping[str, str] = os.environ) -> "Owner":
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         machine = f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-        job, restart = environment.get("SLURM_JOB_ID", ""), environment.get("SLURM_RESTART_COUNT", "0")
-        return cls(socket.gethostname(), os.getpid(), machine, _born(os.getpid()), job, int(restart))
+        job, restart = environment.get("SLURM_JOB_ID", ""), environment.get("SLURM_RESTART_COUNT", "")
+        return cls(
+            socket.gethostname(),
+            os.getpid(),
+            machine,
+            _born(os.getpid()),
+            job,
+            int(restart) if restart.isdecimal() else 0,
+        )
 
     def lives_here(self) -> bool | None:
         """Whether the process lives; None where this machine cannot know."""
@@ -111,7 +118,7 @@ class RunLock:
             return Owner(**json.loads(file.read_text()))
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (ValueError, TypeError):
+        except (IsADirectoryError, ValueError, TypeError):
             raise UserError(f"{self._file}: is not the lock of a run; remove it") from None
 
     def _is_free(self, owner: Owner) -> bool:

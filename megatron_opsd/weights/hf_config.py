@@ -48,6 +48,37 @@ HARMLESS = {
     "use_cache",
 }
 
+# Of the generation, which transformers 4 wrote here too.
+HARMLESS |= {
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "decoder_start_token_id",
+    "diversity_penalty",
+    "do_sample",
+    "early_stopping",
+    "encoder_no_repeat_ngram_size",
+    "exponential_decay_length_penalty",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "length_penalty",
+    "max_length",
+    "min_length",
+    "no_repeat_ngram_size",
+    "num_beam_groups",
+    "num_beams",
+    "num_return_sequences",
+    "output_scores",
+    "remove_invalid_values",
+    "repetition_penalty",
+    "return_dict_in_generate",
+    "sep_token_id",
+    "suppress_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "typical_p",
+}
+
 # Keys that transformers does not read for these families and some files have, with the value that says nothing new.
 NEUTRAL = {
     "add_cross_attention": False,
@@ -56,9 +87,13 @@ NEUTRAL = {
     "is_encoder_decoder": False,
     "mlp_bias": False,
     "pretraining_tp": 1,
+    "pruned_heads": {},
     "qkv_bias": False,
     "shared_expert_intermediate_size": 0,
+    "tf_legacy_loss": False,
     "tie_encoder_decoder": False,
+    "torchscript": False,
+    "use_bfloat16": False,
     "use_mrope": False,
     "use_qk_norm": True,
 }

@@ -229,7 +229,7 @@ def test_a_run_directory_with_checkpoints(config: list[str], tmp_path: Path) -> 
     for step in (10, 20):
         path = tmp_path / "checkpoints" / f"step_{step:06d}"
         path.mkdir(parents=True)
-        (path / "progress.json").write_text(json.dumps({"step": step, "sampler": {}, "teacher": ""}))
+        (path / "progress.json").write_text(json.dumps({"step": step, "sampler": {}, "teacher": "", "meaning": {}}))
     arguments = [*config, *ONE_RANK, "--logging.run_dir", str(tmp_path)]
     assert "--checkpoint.resume auto" in mistake(arguments)
     back = mistake([*arguments, "--checkpoint.resume", str(tmp_path / "checkpoints" / "step_000010")])

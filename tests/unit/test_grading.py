@@ -140,3 +140,34 @@ def test_a_comparer_that_cannot_start_is_an_error_not_a_wrong_answer(monkeypatch
 def test_grading_loads_no_sympy_in_the_training_process() -> None:
     code = "import sys, megatron_opsd.data.grading; sys.exit('sympy' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (r"\boxed\frac{1}{2}", r"\frac{1}{2}"),
+        (r"\boxed\dfrac {3}{4}.", r"\dfrac {3}{4}"),
+        (r"\boxed\text{A}", r"\text{A}"),
+        (r"\boxed $5$", "$5$"),
+        (r"\boxed(5)", "(5)"),
+        ("\\boxed\u22125", "\u22125"),
+    ],
+)
+def test_a_box_without_braces_around_all_of_it(text: str, found: str) -> None:
+    assert extract_answer(text) == found
+
+
+@pytest.mark.parametrize(
+    ("found", "answer"),
+    [("1, 200", "1200"), ("3, 400", "3400"), (r"1\,2", "12"), (r"1\;2", "12"), ("1~2", "12"), ("1. 5", "1.5")],
+)
+def test_two_numbers_are_not_one(found: str, answer: str) -> None:
+    assert not is_correct(rf"\boxed{{{found}}}", answer)
+
+
+@pytest.mark.parametrize(
+    ("found", "answer"),
+    [(r"1\ 000", "1000"), (r"10,\!000", "10000"), ("10{,}000", "10,000"), ("\u22125", "-5"), ("(1, 2)", "(1,2)")],
+)
+def test_one_number_in_two_ways(found: str, answer: str) -> None:
+    assert is_correct(rf"\boxed{{{found}}}", answer)

@@ -28,6 +28,8 @@ teacher_thinking = false
 [rollout]
 max_response_tokens = 64
 kv_cache_gib = 0.05
+[optim]
+warmup_steps = 0
 [train]
 steps = 2
 global_batch_size = 4

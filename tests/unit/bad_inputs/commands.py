@@ -33,6 +33,11 @@ ROWS = [
         command=("evaluate", "--out", "{folder}/model"),
     ),
     Bad(
+        "responses in place of the problems",
+        ["--out = {folder}/test.jsonl", "exists already", "name another file"],
+        command=("evaluate", "--out", "{folder}/test.jsonl"),
+    ),
+    Bad(
         "responses below a file",
         ["--out = ", "run.toml", "Not a directory", "choose another folder"],
         command=("evaluate", "--out", "{folder}/run.toml/out.jsonl"),
@@ -64,7 +69,7 @@ ROWS = [
     Bad(
         "a name by meaning in the file",
         ["run.toml: optim.learning_rate: unknown key", "is optim.lr"],
-        lambda i: i.write("run.toml", i.toml.read_text() + "[optim]\nlearning_rate = 1.0\n"),
+        lambda i: i.write("run.toml", i.toml.read_text().replace("warmup_steps = 0", "learning_rate = 1.0")),
     ),
     Bad(
         "a section by another name",
@@ -93,5 +98,18 @@ ROWS = [
         *["--nodes", "100000", "--gpus-per-node", "8", "--gpu-memory-gib", "80"],
         command="plan",
     ),
+    settings(
+        "endless memory",
+        ["--gpu-memory-gib = inf", "finite"],
+        *["--nodes", "1", "--gpus-per-node", "8", "--gpu-memory-gib", "inf"],
+        command="plan",
+    ),
+    settings("a word too many", ["extra: not expected here"], "extra"),
+    settings(
+        "endless batches", ["global_batch_size", "less than 2147483648"], "--train.global_batch_size", "4" + "0" * 15
+    ),
+    settings("a seed of many digits", ["--train.seed", "less than"], "--train.seed", str(2**62)),
+    settings("an age to wait", ["timeout_minutes"], "--parallel.timeout_minutes", "1000000000000"),
+    settings("a temperature of nothing", ["objective.temperature", "0.01"], "--objective.temperature", "1e-300"),
     settings("half a cluster", ["required", "--gpus-per-node", "opsd plan --help"], "--nodes", "1", command="plan"),
 ]

@@ -123,6 +123,7 @@ FILES = [
     Bad("a row that is a number", ["t.json, row 2", "this is int"], file(f"[{LINE}, 2]", "t.json"), at("t.json")),
     Bad("a folder with the name of a file", ["data.path", "is a folder"], file("", "t.jsonl/a"), at("t.jsonl")),
     Bad("no such file", ["data.path", "no such file"], settings=at("none.jsonl")),
+    Bad("a name of thousands of letters", ["data.path", "File name too long"], settings=at("x" * 5000)),
     Bad("no path", ["data.path", "''", "at least 1 character"], settings={"data.path": ""}),
     Bad("text", ["data.path", "unknown kind of file", ".jsonl, .json, .parquet"], file("hello", "t.txt"), at("t.txt")),
     Bad("not parquet", ["t.parquet", "cannot be read as a parquet file"], file("hello", "t.parquet"), at("t.parquet")),

@@ -69,6 +69,23 @@ ROWS = [
         AUTO,
     ),
     Bad(
+        "steps that are text",
+        ["progress.json", "step = '2'", "resume from another checkpoint"],
+        lambda i: (i.earlier_run(), i.change("run/checkpoints/step_000002/progress.json", step="2")),
+        AUTO,
+    ),
+    Bad(
+        "no settings to compare with",
+        ["progress.json", "meaning = None"],
+        lambda i: i.earlier_run(2, meaning=None),
+        AUTO,
+    ),
+    Bad(
+        "the newest by another name",
+        ["latest", "not a complete checkpoint", "auto"],
+        settings={"checkpoint.resume": "latest"},
+    ),
+    Bad(
         "a trained model without checkpoints",
         ["run/hf", "there are no checkpoints to go on from"],
         lambda i: i.write("run/hf/config.json", "{}"),

@@ -1,10 +1,6 @@
 """Who may write to the run's folder, and whether it can be written to."""
 
-import json
-import os
-from dataclasses import asdict
-
-from megatron_opsd.reliability.run_lock import Owner
+import shutil
 
 from . import Bad, Inputs
 
@@ -19,8 +15,9 @@ def left(what: str, file: str, contents: str = LINE) -> Bad:
     return Bad(what, says, lambda i: i.write(file, contents))
 
 
-def in_use(inputs: Inputs) -> None:
-    inputs.write("run/lock", json.dumps(asdict(Owner.of_this_process({})) | {"pid": os.getppid()}))
+def link(inputs: Inputs, name: str) -> None:
+    (inputs.folder / "run").mkdir()
+    (inputs.folder / "run" / name).symlink_to("nowhere")
 
 
 def alone(what: str, variable: str) -> Bad:
@@ -35,6 +32,22 @@ def not_torchrun(what: str, says: list[str], **environment: str) -> Bad:
 
 
 ROWS = [
+    Bad("a name that is too long", ["logging.run_dir", "too long"], settings={"logging.run_dir": "x" * 300}),
+    Bad("a link to nowhere inside", ["run/hf", "link to nowhere"], lambda i: link(i, "hf")),
+    Bad("metrics that lead nowhere", ["run/metrics.jsonl", "link to nowhere"], lambda i: link(i, "metrics.jsonl")),
+    Bad("a lock that is none", ["run/lock", "not the lock of a run", "remove it"], lambda i: i.write("run/lock", "x")),
+    Bad("a lock that is a folder", ["run/lock", "remove it"], lambda i: i.write("run/lock/x", "x")),
+    Bad(
+        "into the model that it starts from",
+        ["logging.run_dir", "would write into model.path", "choose another folder"],
+        settings={"logging.run_dir": "{folder}/model"},
+    ),
+    Bad(
+        "over the model that it starts from",
+        ["logging.run_dir", "would write into model.path"],
+        lambda i: shutil.copytree(i.model, i.folder / "run" / "hf"),
+        {"model.path": "{folder}/run/hf", "checkpoint.resume": "auto"},
+    ),
     left("metrics of an earlier run", "run/metrics.jsonl"),
     left("evaluations of an earlier run", "run/evaluations.jsonl"),
     left("rollouts of an earlier run", "run/rollouts/step_000001.jsonl"),

@@ -56,6 +56,7 @@ ROWS = [
     template("a filter that is none", "{{ messages | nosuch }}", "nosuch"),
     template("a key that is none", "{{ messages[7].content }}", "fails"),
     template("text and a number added", "{{ messages[0].content + 1 }}", "fails"),
+    template("a macro without end", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
     template("a division by nothing", "{{ 1 / 0 }}", "division by zero"),
     template("a template for lists of parts", PARTS, "leaves out what the prompt says", "Problem: "),
     template("a template of fixed words", "user: assistant:", "leaves out what the prompt says"),
@@ -74,6 +75,16 @@ ROWS = [
         lambda i: i.write("model/tokenizer.json", "{}"),
     ),
     tokenizer_file("eos ids that are text", "generation_config.json", '{"eos_token_id": "2"}', "eos_token_id.0 = '2'"),
+    Bad(
+        "an end of text beyond the vocabulary",
+        ["generation_config.json: eos_token_id = 99999", "512 ids"],
+        lambda i: i.change("model/generation_config.json", eos_token_id=[2, 99999]),
+    ),
+    Bad(
+        "a length that is text",
+        ["tokenizer_config.json", "model_max_length", "copy the tokenizer"],
+        lambda i: i.change("model/tokenizer_config.json", model_max_length="long"),
+    ),
     Bad("half of the weights", ["model.safetensors"], weights("model.safetensors", bytes(100))),
     Bad("a pointer as weights", ["model.safetensors"], weights("model.safetensors", b"version https://git-lfs.github")),
     Bad("no weights", ["{folder}/model", "safetensors"], lambda i: (i.model / "model.safetensors").unlink()),
@@ -111,6 +122,11 @@ ROWS = [
         ["guards.min_response_length = 100", "rollout.max_response_tokens = 64"],
         guards__min_response_length="100.0",
     ),
+    settings(
+        "more entropy than there is",
+        ["guards.min_entropy = 100", "6.238", "lower it"],
+        guards__min_entropy="100.0",
+    ),
     settings("half a micro-batch", ["micro_batch_size = 3 does not divide"], train__micro_batch_size="3"),
     settings("no problem of its own", ["samples_per_prompt = 3 does not"], rollout__samples_per_prompt="3"),
     Bad("no ranks", ["--world-size = 0", "at least 1"], command=("check", "--world-size", "0")),
@@ -136,6 +152,16 @@ WARNINGS = [
         "a template without the assistant's turn",
         ["{folder}/model", "begins no turn of the assistant"],
         lambda i: i.write(TEMPLATE, "{% for m in messages %}{{ m.content }}{% endfor %}"),
+    ),
+    Bad(
+        "a problem with the end of a turn in it",
+        ["train.jsonl: 1 of the first 4 rows", "<|im_end|>", "control token"],
+        lambda i: i.rows([ROW, ROW, ROW, ROW | {"problem": "1+1?<|im_end|>"}]),
+    ),
+    Bad(
+        "a warm-up that does not end",
+        ["optim.warmup_steps = 2", "train.steps = 2"],
+        settings={"optim.warmup_steps": "2"},
     ),
     Bad("fewer problems than a step draws", ["draws 4 problems", "has 2"], lambda i: i.rows([ROW] * 2)),
     Bad(
