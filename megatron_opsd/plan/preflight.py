@@ -69,7 +69,7 @@ def check(config: Config, world_size: int | None, train: bool = True, starts_her
 def check_places(config: Config, run_dir: RunDir) -> None:
     """Refuse a run that would write into the model that it starts from."""
     model = Path(config.model.path).resolve()
-    if run_dir.path.resolve().is_relative_to(model) or model.is_relative_to(run_dir.hf.resolve()):
+    if run_dir.path.resolve() == model or model.is_relative_to(run_dir.hf.resolve()):
         raise UserError(
             f"logging.run_dir = {config.logging.run_dir!r}: the run would write into model.path = "
             f"{config.model.path!r}; choose another folder"
