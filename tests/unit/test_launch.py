@@ -260,6 +260,17 @@ def test_another_living_job_has_the_folder(job: dict[str, str], tmp_path: Path) 
     asked(later, TINY, tmp_path, LIVING="RUNNING")  # the same job, started again
 
 
+def test_a_refused_start_is_not_started_again(job: dict[str, str], tmp_path: Path) -> None:
+    """The folder is that of a run without a job, whose outcome it is not."""
+    refusal = "#!/bin/bash\necho 'process 4 on node9 trains there' >$OUT/refused_$SLURM_JOB_ID\n"
+    (tmp_path / "bin" / "srun").write_text(refusal)
+    done = run("bash", TINY, tmp_path, **job)
+    assert done.returncode == 1
+    assert done.stderr == f"{TINY.name}: process 4 on node9 trains there\n"
+    assert not (tmp_path / "out" / "refused_7").exists()
+    assert not (tmp_path / "out" / "outcome").exists()
+
+
 def test_relative_paths_become_absolute(job: dict[str, str], tmp_path: Path) -> None:
     """Whatever the working directory of a container. Ids of the hub, and what is not there, stay as they are."""
     (tmp_path / "model").mkdir()
