@@ -19,6 +19,7 @@ from megatron_opsd import cli
 from megatron_opsd.config import Config
 from megatron_opsd.config_file import add_overrides, load_config
 from megatron_opsd.errors import UserError
+from megatron_opsd.reliability.resume import complete_ones
 from megatron_opsd.reliability.run_dir import RunDir
 
 
@@ -36,7 +37,8 @@ def main(recipe: str, model: str = "", problems: str = "", settings: Mapping[str
     overrides = {**(settings or {}), "logging.run_dir": str(run_dir), "checkpoint.resume": "auto"}
     overrides["model.path"] = os.environ.get("MODEL") or (model and str(examples / model))
     overrides["data.path"] = os.environ.get("DATA", "")
-    command_line = _settings(sys.argv[1:])
+    arguments = [*sys.argv[1:], *_going_on(run_dir)]
+    command_line = _settings(arguments)
     toml = str(examples / f"{recipe}.toml")
     try:
         known = {name: value for name, value in overrides.items() if value}
@@ -46,13 +48,19 @@ def main(recipe: str, model: str = "", problems: str = "", settings: Mapping[str
         if problems:
             overrides["evaluate.data.path"] = str(Path(overrides["data.path"]).with_name("test.jsonl"))
         check_variables(overrides | command_line)
-        cli.main(["train", toml, *cli.flags(overrides), *sys.argv[1:]])
+        cli.main(["train", toml, *cli.flags(overrides), *arguments])
     except UserError as error:
         _leave(run_dir, error, f"{script.name}: {error}")
     except SystemExit as end:
         if end.code == 2:  # a mistake, which the command line has explained
             _leave(run_dir, end.__context__)
         raise
+
+
+def _going_on(run_dir: Path) -> list[str]:
+    """A job that SLURM has started again goes on from its own checkpoints, even if it began from another run's."""
+    again = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    return ["--checkpoint.resume", "auto"] if again and complete_ones(RunDir(run_dir).checkpoints) else []
 
 
 def torchrun_command(script: Path) -> str:

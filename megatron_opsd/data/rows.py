@@ -93,7 +93,8 @@ def _dataset_rows(config: DataConfig, section: str, preview: bool) -> Iterator[P
     import pyarrow
 
     path = Path(config.path)
-    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # what it logs of an error, the error says too
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # what they log of an error, the error says too
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     try:
         if path.suffix.lower() == ".parquet":
             rows = datasets.load_dataset("parquet", data_files=config.path, split="train", streaming=True)

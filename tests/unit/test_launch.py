@@ -160,6 +160,19 @@ def test_the_command_line_overrides_variables(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "data" / "train.jsonl").exists()  # DATA was not set
 
 
+@pytest.mark.parametrize(("restarts", "named"), [("0", "elsewhere"), ("1", "step_000002")])
+def test_a_job_started_again_goes_on_from_its_own_checkpoint(tmp_path: Path, restarts: str, named: str) -> None:
+    """Broken on purpose: the line names the checkpoint that is asked for."""
+    out = tmp_path / "out"
+    for checkpoint in (out / "checkpoints" / "step_000002", tmp_path / "elsewhere"):
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "progress.json").write_text("{")
+    script, job = ROOT / "launch_scripts" / "opsd_tiny.sh", {"OUT": str(out), "SLURM_RESTART_COUNT": restarts}
+    resume = ["--checkpoint.resume", str(tmp_path / "elsewhere")]
+    line = mistake(run(sys.executable, script, tmp_path, *resume, **TORCHRUN | job))
+    assert f"{named}/progress.json: not valid JSON" in line
+
+
 # In a SLURM job, with stand-ins for SLURM's commands: what srun is asked for. tests/slurm has a real SLURM.
 
 STAND_INS = {
