@@ -1,4 +1,4 @@
-"""Files that other people and programs wrote. Every fault in one is a line that names the file and the place in it."""
+"""Files of other people and programs, to read and to write beside. Every fault is a line that names file and place."""
 
 import codecs
 import json
@@ -22,6 +22,7 @@ _OTHER_ENCODINGS = {
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
+LFS_POINTER = b"version https://git-lfs"  # the beginning of what git leaves in the place of a large file
 _LONGEST_EXCERPT = 80  # characters of a wrong value that an error shows
 
 
@@ -118,7 +119,7 @@ def decode(data: bytes, place: str) -> str:
     Raises:
         UserError: it is something else.
     """
-    if data.startswith(b"version https://git-lfs"):
+    if data.startswith(LFS_POINTER):
         raise UserError(f"{place}: is a git-lfs pointer, not the file itself; run `git lfs pull` where it came from")
     for mark, encoding in _OTHER_ENCODINGS.items():
         if data.startswith(mark):

@@ -20,7 +20,7 @@ from megatron_opsd.model.gpt import layers_in_use
 from megatron_opsd.model.parallel import on_rank_0
 from megatron_opsd.reliability import checkpoint, resume
 from megatron_opsd.reliability.guards import Guards
-from megatron_opsd.reliability.preemption import PreemptionHandler
+from megatron_opsd.reliability.preemption import SAVE_MARGIN, PreemptionHandler
 from megatron_opsd.reliability.run_dir import RunDir
 from megatron_opsd.reliability.run_lock import RunLock
 from megatron_opsd.reliability.watchdog import Watchdog
@@ -30,7 +30,6 @@ from megatron_opsd.trainer import Trainer
 from megatron_opsd.types import Example
 
 T = TypeVar("T")
-SAVE_MARGIN = 1.5  # how much longer than the last save the next may take
 
 
 def train(config: Config) -> None:

@@ -242,14 +242,9 @@ def _new_directory(target: Path, size: int) -> Iterator[Path]:
     rank, _ = _rank_and_world_size()
     staging = target.with_name(f".{target.name}.tmp")
     _barrier()
-    lock = _lock(staging) if rank == 0 and os.path.lexists(staging) else None  # of an attempt that lives, or has died
+    lock = _claim(target, staging) if rank == 0 else None
     try:
         if rank == 0:
-            shutil.rmtree(staging, ignore_errors=True)
-            if lock is not None:
-                os.close(lock)
-            staging.mkdir(parents=True)
-            lock = _lock(staging)
             free = shutil.disk_usage(staging).free
             if free < size:
                 raise UserError(f"{target}: needs {size / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} GB left")
@@ -267,6 +262,22 @@ def _new_directory(target: Path, size: int) -> Iterator[Path]:
             shutil.rmtree(staging, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+
+
+def _claim(target: Path, staging: Path) -> int:
+    """Make the folder, without what a conversion that died has left there, and lock it; see :func:`_lock`.
+
+    Raises:
+        UserError: it cannot be made, or another conversion writes to it. Nothing of that one is touched.
+    """
+    try:
+        if staging.is_dir():
+            os.close(_lock(staging))
+            shutil.rmtree(staging)
+        staging.mkdir(parents=True)  # of two that start at once, one fails here
+        return _lock(staging)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({staging}: {error.strerror})") from error
 
 
 def _lock(staging: Path) -> int:

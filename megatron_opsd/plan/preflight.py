@@ -45,6 +45,7 @@ def check(config: Config, world_size: int | None, train: bool = True, starts_her
         check_transformer_engine()
         check_parallel(config, arch, world_size)
         check_batch(config, world_size)
+        check_guards(config, arch)
     prompts = build_prompts(config)
     contents.check_tokenizer(prompts, arch, path)
     check_lengths(config, arch, prompts, train)
@@ -94,6 +95,8 @@ def check_server(config: Config) -> None:
 def check_processes(environment: Mapping[str, str]) -> None:
     """Refuse processes that were started together and do not know of each other: each would train alone."""
     if "RANK" not in environment:
+        if not environment.get("MASTER_PORT", "0").isdecimal():
+            raise UserError(f"MASTER_PORT = {environment['MASTER_PORT']!r}: is no port; correct or unset it")
         for name in _PROCESS_COUNTS:
             if environment.get(name, "1") != "1":
                 raise UserError(
@@ -223,13 +226,17 @@ def check_batch(config: Config, world_size: int | None) -> None:
             )
 
 
-def check_lengths(config: Config, arch: Architecture, prompts: PromptBuilder, train: bool) -> None:
-    """Check the longest sequences against the model's positions, and a guard against the vocabulary."""
+def check_guards(config: Config, arch: Architecture) -> None:
+    """Check a guard against the vocabulary."""
     lowest, most = config.guards.min_entropy, math.log(arch.vocab_size)
     if lowest is not None and lowest >= most:
         raise UserError(
             f"guards.min_entropy = {lowest:g}: no distribution over this vocabulary has {most:.4g}; lower it"
         )
+
+
+def check_lengths(config: Config, arch: Architecture, prompts: PromptBuilder, train: bool) -> None:
+    """Check the longest sequences against the model's positions."""
     longest = {"student": max_model_len(config, prompts)}
     data, nothing = config.data, Example(0, "", "", "")
     if train and not config.method.writes_rollouts:

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_opsd.config import Config, ParallelConfig
-
-SAVE_MARGIN = 1.5  # run.py's: how much longer than the last save the next may take
+from megatron_opsd.reliability.preemption import SAVE_MARGIN
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import time
 
 log = logging.getLogger(__name__)
 
+SAVE_MARGIN = 1.5  # how much longer than the last save the next may take
 TERM_LEAD_SECONDS = 25.0  # SLURM (KillWait) and torchrun kill after 30 s
 SHOW_STACKS = signal.SIGUSR2  # a rank then writes the stacks of its threads to its log, even while it is blocked
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>

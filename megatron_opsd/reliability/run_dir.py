@@ -91,8 +91,8 @@ class RunDir:
 
     def exported_step(self) -> int | None:
         """The step whose model is in hf/; None if there is none, or not all of it."""
-        known = self.hf.exists() and self._exported.exists()
-        return int(self._exported.read_text()) if known else None
+        text = self._exported.read_text() if self.hf.exists() and self._exported.exists() else ""
+        return int(text) if text.isdecimal() else None  # a machine that lost its power may have left an empty file
 
     def write_exported_step(self, step: int | None) -> None:
         """Note which step's model is in hf/; None before another one is written there."""
@@ -138,9 +138,8 @@ def complete_lines(file: Path) -> list[str]:
     """The lines of a file without the half line that a killed run may have left; none if there is no file yet."""
     if not file.exists():
         return []
-    with file.open(
-        errors="replace"
-    ) as lines:  # str.splitlines would also split at characters that JSON does not escape
+    # Not str.splitlines, which also splits at characters that JSON does not escape.
+    with file.open(errors="replace") as lines:
         return [line for line in lines if line.endswith("\n")]
 
 

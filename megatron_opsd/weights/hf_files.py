@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_opsd.errors import UserError
-from megatron_opsd.files import excerpt, read_json
+from megatron_opsd.files import LFS_POINTER, excerpt, read_json
 from megatron_opsd.weights.architecture import Architecture
 from megatron_opsd.weights.mapping import Shape
 from megatron_opsd.weights.model_files import copy_model_files, is_weights
@@ -25,7 +25,6 @@ SINGLE = "model.safetensors"
 SHARD_BYTES = 5 * 2**30
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-_LFS_POINTER = b"version https://git-lfs.github.com/"
 _ELEMENTS_AT_ONCE = 2**22  # of two tensors that are compared
 
 
@@ -199,7 +198,7 @@ class HFReader:
 
 def _is_lfs_pointer(file: Path) -> bool:
     with file.open("rb") as opened:
-        return opened.read(len(_LFS_POINTER)) == _LFS_POINTER
+        return opened.read(len(LFS_POINTER)) == LFS_POINTER
 
 
 def shard_name(index: int, count: int) -> str:

@@ -76,6 +76,15 @@ def test_loopback() -> None:
     assert not any(map(is_loopback, ("0.0.0.0", "::", "", "10.0.0.7", "node7")))
 
 
+def test_a_port_in_use(config: list[str], capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        with pytest.raises(SystemExit, match="2"):
+            main(["serve", *config, "--port", port])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--host 127.0.0.1 --port {port}: cannot listen there (Address already in use)" in line
+
+
 def test_flags() -> None:
     arguments = {"max_num_seqs": 4, "enforce_eager": True, "enable_chunked_prefill": False, "seed": None}
     assert as_flags(arguments) == ["--max-num-seqs", "4", "--enforce-eager", "--no-enable-chunked-prefill"]

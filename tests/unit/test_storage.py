@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_opsd import run
 from megatron_opsd.config import CheckpointConfig, Config, ParallelConfig
 from megatron_opsd.methods.opsd import opsd_loss
 from megatron_opsd.model import parallel
@@ -15,7 +14,7 @@ from megatron_opsd.model.optimizer import build_optimizer
 from megatron_opsd.model.student import Student
 from megatron_opsd.plan.formulas import GIB
 from megatron_opsd.plan.planner import Cluster, make_plan
-from megatron_opsd.plan.storage import SAVE_MARGIN, SaveMemory, most_checkpoints, save_memory, write_speed
+from megatron_opsd.plan.storage import SaveMemory, most_checkpoints, save_memory, write_speed
 from megatron_opsd.reliability import checkpoint
 from megatron_opsd.reliability.run_dir import RunDir
 from megatron_opsd.types import Progress
@@ -47,7 +46,6 @@ def test_checkpoints_on_disk(expected: int, checkpoints: dict, interval: int) ->
 
 
 def test_the_signals_lead_asks_for_a_speed() -> None:
-    assert SAVE_MARGIN == run.SAVE_MARGIN
     config = config_of(checkpoint={"signal_lead_seconds": 600})
     assert write_speed(config, 400 * GIB) == GIB
 

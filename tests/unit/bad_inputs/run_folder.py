@@ -88,5 +88,6 @@ ROWS = [
     not_torchrun("a rank beyond the world", ["RANK = 3", "WORLD_SIZE = 2"], RANK="3", WORLD_SIZE="2"),
     not_torchrun("a rank that is no number", ["RANK is 'x'"], RANK="x"),
     not_torchrun("half of torchrun's variables", ["WORLD_SIZE is ''"], WORLD_SIZE=""),
+    Bad("a port that is none", ["MASTER_PORT = 'x'", "unset"], command=TRAIN, environment={"MASTER_PORT": "x"}),
     not_torchrun("no address", ["MASTER_ADDR is missing"]),
 ]
