@@ -18,8 +18,8 @@ TO_HF = ("convert", "megatron-to-hf", "--megatron", "{folder}/megatron", "--hf",
 NORM = "model.norm.weight"
 
 
-def weights(what: str, says: Sequence[str], change: Change) -> Bad:
-    return Bad(what, says, change, command=TO_MEGATRON)
+def weights(what: str, says: Sequence[str], change: Change, command: Sequence[str] = ("check",)) -> Bad:
+    return Bad(what, says, change, command=command)
 
 
 def contents(what: str, says: Sequence[str], data: str | bytes, name: str = "model/model.safetensors") -> Bad:
@@ -126,7 +126,7 @@ TENSORS = [
         cast(torch.int8),
         command=(*TO_MEGATRON, "--dtype", "bf16", "--verify"),
     ),
-    weights("two dtypes", ["F16, F32", "choose one of them with --dtype"], cast(torch.float16, NORM)),
+    weights("two dtypes", ["F16, F32", "choose one of them with --dtype"], cast(torch.float16, NORM), TO_MEGATRON),
     weights(
         "another head in a tied model",
         [WEIGHTS, "lm_head.weight differs from model.embed_tokens.weight", "tie_word_embeddings = false"],

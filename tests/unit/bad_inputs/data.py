@@ -44,8 +44,8 @@ GOOD = {"problem": ["1+1?"], "solution": ["2"]}
 LINE = json.dumps(ROW)
 
 VALUES = [
-    value("an answer that is a list", "answer", ["2", "3"], "holds a list"),
-    value("an answer that is empty of anything", "answer", [], "holds a list"),
+    value("an answer that is a list", "answer", ["2", "3"], "holds a list, and text or a number"),
+    value("an answer that is empty of anything", "answer", [], "holds a list, and text or a number"),
     value("an answer that is an object", "answer", {"ground_truth": "2"}, "holds an object"),
     value("an answer that is NaN", "answer", float("nan"), "holds nan"),
     value("an infinite answer", "answer", float("-inf"), "holds -inf"),
