@@ -31,7 +31,7 @@ from megatron_opsd.config_file import add_overrides, load_config
 from megatron_opsd.data.batch import Batch, Microbatch, Sample, split
 from megatron_opsd.data.datasets import read_examples
 from megatron_opsd.data.prompts import build_prompts, max_model_len
-from megatron_opsd.methods.opsd import opsd_loss
+from megatron_opsd.methods.losses import divergence
 from megatron_opsd.model import parallel
 from megatron_opsd.model.gpt import ModelChunks, build_model, forward
 from megatron_opsd.model.optimizer import build_optimizer, build_schedule, dithered, optimizer_step
@@ -105,11 +105,11 @@ class Study:
         ]
         whole = Batch(samples)
         assignment = whole.assign(config.train.micro_batch_size, 1)
-        self.microbatches = split(whole, assignment, 0, "token", parallel.device())
+        self.microbatches = split(whole, assignment, 0, parallel.device())
         self.teacher = FrozenTeacher(self._load(config.model.path), "resident")
         self.teacher_hidden = self.teacher.score(self.microbatches)
         self.student = Student(
-            self._load(student or config.model.path), self.layout, config, self.arch.vocab_size, opsd_loss(config)
+            self._load(student or config.model.path), self.layout, config, self.arch.vocab_size, divergence(config)
         )
         self.start = [parameter.detach().clone() for parameter in self.student.model_chunks.parameters()]
 

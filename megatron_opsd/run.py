@@ -9,10 +9,10 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from megatron_opsd import events
-from megatron_opsd.config import Config, OpsdConfig
+from megatron_opsd.config import Config
+from megatron_opsd.data.curriculum import build_sampler
 from megatron_opsd.data.datasets import check_grades, read_examples, read_held_out
 from megatron_opsd.data.prompts import build_prompts
-from megatron_opsd.data.sampler import Sampler
 from megatron_opsd.errors import RunStoppedError, StepAbortedError, UserError
 from megatron_opsd.evaluate import evaluate
 from megatron_opsd.model import parallel
@@ -98,11 +98,11 @@ class Run:
         self.held_out: list[Example] = []
         if config.evaluate.data and config.evaluate.interval:
             self.held_out = read_held_out(config.evaluate.data, prompts.tokenizer)[: config.evaluate.limit]
-        examples = read_examples(config.data, prompts.tokenizer, reads=config.method.reads)
-        if isinstance(config.method, OpsdConfig):
-            check_grades(examples, config.method.train_on, config.data.path)
+        examples = read_examples(config.data, prompts.tokenizer, reads=config.reads)
+        if config.method.writes_rollouts:
+            check_grades(examples, config.method, config.data.path)
         check_same_data(examples)
-        sampler = Sampler(examples, config.train.seed)
+        sampler = build_sampler(examples, config.train)
         if resume_from:
             sampler.load_state_dict(resume.read_progress(resume_from).sampler, config.checkpoint.allow_changes)
         self.trainer = Trainer(config, layout, prompts, sampler, resume_from)
@@ -118,6 +118,10 @@ class Run:
         progress, interval = self.trainer.progress, self.config.checkpoint.save_interval
         interrupted_by = ""
         try:
+            self.watchdog.enter("rollout")
+            while left := self.trainer.prepare(lambda: self.preemption.received):
+                writer.say(f"responses are written before the first step; {left} problems are left")
+                self.watchdog.enter("rollout")
             while True:
                 self.evaluate_if_due(writer)
                 if progress.step >= self.config.train.steps:

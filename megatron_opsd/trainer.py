@@ -8,8 +8,10 @@ import torch.distributed as dist
 
 from megatron_opsd.config import Config, ModelConfig
 from megatron_opsd.data.batch import Batch, Sample, fill_up, padding_share, split
+from megatron_opsd.data.curriculum import CurriculumSampler
 from megatron_opsd.data.prompts import PromptBuilder, max_model_len
 from megatron_opsd.data.sampler import Sampler
+from megatron_opsd.data.weighting import Weighting
 from megatron_opsd.device_memory import DeviceMemory
 from megatron_opsd.errors import StepAbortedError, UserError
 from megatron_opsd.methods import build_method
@@ -31,6 +33,8 @@ from megatron_opsd.weights.hf_files import HFReader, write_hf
 from megatron_opsd.weights.load import load_hf
 from megatron_opsd.weights.mapping import NameTable
 
+NONE, INITIAL = -2, -1  # instead of the version of a student's weights
+
 
 class Trainer:
     """Method, student, teacher and engine on this rank, and how far they have come. ``step`` is the algorithm."""
@@ -51,7 +55,7 @@ class Trainer:
         # The engine first: it measures how much of the device is free. It sleeps while the models come.
         self.engine = build_engine(config, max_model_len(config, prompts)) if config.needs_engine else NoEngine()
         self.engine.sleep()
-        self.engine_version = -1  # of the weights that the engine holds
+        self.engine_version = NONE  # of the weights that the engine holds
         self.method = build_method(config, prompts, sampler, self.engine)
         # The teacher before the student: where it is offloaded, the two are never on the device together.
         self.progress = Progress(config.teacher_kind or "none", sampler.state_dict(), meaning=meaning(config))
@@ -91,11 +95,11 @@ class Trainer:
         if not samples:
             return self._learn_nothing(groups, clock)
         batch = self._build_batch(samples)
-        if not any(map(batch.tokens, batch.samples)):
+        if batch.is_empty:
             return self._learn_nothing(groups, clock)
-        dp, device = self.layout.dp_group, parallel.device()
+        dp = self.layout.dp_group
         assignment = batch.assign(config.train.micro_batch_size, dp.size())
-        microbatches = split(batch, assignment, dp.rank(), config.objective.normalization, device)
+        microbatches = split(batch, assignment, dp.rank(), parallel.device())
         self.memory.for_teacher()
         with clock.phase(Phase.TEACHER):
             teacher_hidden = self.teacher.score(microbatches) if self.teacher else []
@@ -103,7 +107,9 @@ class Trainer:
         self.memory.for_student()
         with clock.phase(Phase.STUDENT):
             teacher_head = self.teacher.head_weight() if self.teacher else None
-            losses = self.student.forward_backward(microbatches, teacher_head, teacher_hidden)
+            losses = self.student.forward_backward(
+                microbatches, teacher_head, teacher_hidden, progress.entropy_threshold
+            )
         if config.method.writes_rollouts:
             check_logprob_gap(losses, progress.step, config)  # of the refit before: vLLM against the student
         self.memory.for_optimizer()
@@ -111,7 +117,9 @@ class Trainer:
             update = optimizer_step(self.optimizer, self.schedule, losses.means()["loss"])
             if self.teacher and update.applied:
                 self.teacher.after_update(self.student.model_chunks)
-            self._count_step()  # from here on there is something to save
+            if config.objective.entropy_share < 1:
+                progress.entropy_threshold = losses.entropy_threshold(config.objective.entropy_share)
+            self._count_step(groups)  # from here on there is something to save
         if config.method.writes_rollouts:
             self.memory.for_refit()
             with clock.phase(Phase.REFIT):
@@ -133,6 +141,27 @@ class Trainer:
         """Bring the student's weights into the engine, for which there is room."""
         refit(self.exporter, self.engine, self.progress.step, verify)
         self.engine_version = self.progress.step
+
+    def prepare(self, should_abort: Callable[[], bool]) -> int:
+        """Before the first step: write some of what the method wants written. Returns how many problems are left.
+
+        Raises:
+            StepAbortedError: ``should_abort`` was true on a rank.
+        """
+        steps = self.config.train.steps - self.progress.step
+        left = self.method.prepare(steps, self._ready_initial_weights, should_abort)
+        if not left and self.engine_version == INITIAL:
+            self.memory.without_training()
+        return left
+
+    def _ready_initial_weights(self) -> None:
+        """Make the engine ready to write with the weights that the run starts from."""
+        if self.engine_version != INITIAL:
+            reader = HFReader(self.config.model.path)
+            self.memory.for_refit()
+            self.engine.update_weights(((name, reader.read(name)) for name in self.table.hf_tensors()), version=0)
+            self.engine_version = INITIAL
+        self.memory.for_rollout()
 
     def ready_engine(self) -> None:
         """Make the engine ready to write with the student's weights, outside of a step."""
@@ -203,13 +232,24 @@ class Trainer:
         micro_batch_size = 1 if train.packing else train.micro_batch_size
         return Batch(
             fill_up(samples, self.layout.dp_group.size() * micro_batch_size),
-            skip_first_tokens=self.config.prompts.skip_first_tokens,
+            self._weighting(),
             multiple=sizes.tensor_model_parallel_size if sizes.sequence_parallel else 1,
             one_length=sizes.pipeline_model_parallel_size > 1,
             packing=train.packing,
         )
 
-    def _count_step(self) -> None:
+    def _weighting(self) -> Weighting:
+        objective, prompts = self.config.objective, self.prompts
+        return Weighting(
+            objective.normalization,
+            self.config.longest_response,
+            objective.position_weights,
+            prompts.untrained_at_start,
+            prompts.trains_on_end_of_turn or not self.config.method.has_teacher,
+        )
+
+    def _count_step(self, groups: list[Group]) -> None:
+        self.sampler.update(groups)
         self.progress.step += 1
         self.progress.sampler = self.sampler.state_dict()
 
@@ -217,7 +257,7 @@ class Trainer:
         """A step whose method found nothing to learn from: it counts, and the weights stay as they are."""
         lr = self.optimizer.param_groups[0]["lr"]
         self.schedule.step(1)
-        self._count_step()
+        self._count_step(groups)
         if self.config.method.writes_rollouts:
             self.memory.without_training()
             self.memory.for_refit()
@@ -227,23 +267,37 @@ class Trainer:
         return StepResult(self._metrics(groups, nothing, clock), groups)
 
     def _metrics(self, groups: Sequence[Group], learned: dict[str, Any], clock: Clock) -> dict[str, Any]:
-        grades = [grade for group in groups for grade in group.grades]
-        known = [grade for grade in grades if grade != Grade.UNKNOWN]
-        lengths = [len(rollout.token_ids) for group in groups for rollout in group.rollouts]
-        reasons = [rollout.finish_reason for group in groups for rollout in group.rollouts]
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        lengths = [len(rollout.token_ids) for rollout in rollouts]
         seconds = clock.seconds()
         return {
             "step": self.progress.step,
             **learned,
-            **({"accuracy": known.count(Grade.RIGHT) / len(known)} if known else {}),
+            **measure_answers(groups),
             "response_length": sum(lengths) / len(lengths),
-            "truncated": sum(reason == "length" for reason in reasons) / len(reasons),
-            "weight_version": groups[0].rollouts[0].weight_version,
+            "truncated": sum(rollout.finish_reason == "length" for rollout in rollouts) / len(rollouts),
+            "tokens_written": sum(lengths) if self.config.method.writes_rollouts else 0,
+            **({"window": self.sampler.window} if isinstance(self.sampler, CurriculumSampler) else {}),
+            "weight_version": rollouts[0].weight_version,
             **seconds,
             "seconds_memory": self.memory.seconds,
             "tokens_per_second": learned["tokens"] / seconds["seconds_total"],
             "memory_peak_gib": self.memory.peak_gib(),
         }
+
+
+def measure_answers(groups: Sequence[Group]) -> dict[str, float]:
+    """How right the answers are that the student wrote alone, and those that it wrote with the solution in sight."""
+    measured = {}
+    for name, in_sight in (("accuracy", False), ("accuracy_in_sight", True)):
+        grades = [grade for group in groups if group.solution_in_sight == in_sight for grade in group.grades]
+        known = [grade for grade in grades if grade != Grade.UNKNOWN]
+        if known:
+            measured[name] = known.count(Grade.RIGHT) / len(known)
+    several = [group for group in groups if len(group.grades) > 1 and Grade.UNKNOWN not in group.grades]
+    if several:
+        measured["groups_without_signal"] = sum(not group.has_signal for group in several) / len(several)
+    return measured
 
 
 def abort_if(should_abort: Callable[[], bool]) -> None:

@@ -20,13 +20,15 @@ class Example:
     """One problem with its reference solution.
 
     `index` is the row in the data set, counted from 0 before any row is dropped, so it names the same row in every
-    run. `answer` is the final answer as text, or None where the data gives none.
+    run. `answer` is the final answer as text, or None where the data gives none. `difficulty` is the data's own, where
+    it has one; higher is harder.
     """
 
     index: int
     problem: str
     solution: str
     answer: str | None = None
+    difficulty: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,8 @@ class Rollout:
 
     `token_ids` ends with the end-of-turn token when the student wrote it (`finish_reason` "stop"); a response cut at
     the token limit has `finish_reason` "length". `logprobs` are natural logs at temperature 1, one per token; none of a
-    response that no engine has sampled. `weight_version` is the version of the weights that wrote all of the response.
+    response that was not sampled from the student's prompt. `weight_version` is the version of the weights that wrote
+    all of the response.
     """
 
     token_ids: list[int]
@@ -49,18 +52,28 @@ class Grade(StrEnum):
 
     RIGHT = "right"
     WRONG = "wrong"
-    UNFINISHED = "unfinished"  # cut at the token limit, before a right answer
+    UNFINISHED = "unfinished"  # cut at the token limit
     UNKNOWN = "unknown"  # the data has no answer to compare with
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """One problem, the student's prompt as token ids, and its responses with their grades."""
+    """One problem, the student's prompt as token ids, and its responses with their grades.
+
+    `solution_in_sight`: these responses were written with the solution in the prompt; the student is not judged by
+    them.
+    """
 
     example: Example
     prompt: list[int]
     rollouts: list[Rollout]
     grades: list[Grade]
+    solution_in_sight: bool = False
+
+    @property
+    def has_signal(self) -> bool:
+        """Whether some of the responses are right and some are not."""
+        return 0 < self.grades.count(Grade.RIGHT) < len(self.grades)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +111,7 @@ class Progress:
     step: how many are done, which is also the version of the student's weights.
     evaluated_step: that of the last evaluation; -1 for none.
     guards: their state.
+    entropy_threshold: what a token's entropy must reach in the next step to be learned from, in nats; None for all.
     meaning: the settings that make it this training, by their dotted names.
     """
 
@@ -106,4 +120,5 @@ class Progress:
     step: int = 0
     evaluated_step: int = -1
     guards: dict[str, Any] = field(default_factory=dict)
+    entropy_threshold: float | None = None
     meaning: dict[str, Any] = field(default_factory=dict)

@@ -4,8 +4,8 @@ r"""Three-digit addition, worked column by column.
     7+5+0=12. 4+8+1=13. 3+2+1=6. The answer is \boxed{632}.
 
 `python examples/arithmetic/problems.py --out DIR` writes `train.jsonl` and `test.jsonl` (columns problem, solution,
-answer). A hash of the operands decides which problems are held out, so no file has to be consulted to keep the two
-apart, and no run can train on a problem that another run tests.
+answer, carries). A hash of the operands decides which problems are held out, so no file has to be consulted to keep
+the two apart, and no run can train on a problem that another run tests.
 """
 
 import argparse
@@ -63,16 +63,24 @@ def work_out(problem: Addition, rng: random.Random | None = None, slip: float = 
     return f"{' '.join(steps)} The answer is \\boxed{{{result}}}."
 
 
+def count_carries(problem: Addition) -> int:
+    """How many columns carry: how difficult the problem is."""
+    return sum(sum(addend % 10**column for addend in problem) >= 10**column for column in (1, 2, 3))
+
+
 def as_example(problem: Addition, index: int = 0) -> Example:
     """The problem with its right solution and answer, as a training step sees it."""
     left, right = problem
-    return Example(index, f"Compute {left}+{right}.", work_out(problem), str(left + right))
+    return Example(index, f"Compute {left}+{right}.", work_out(problem), str(left + right), count_carries(problem))
 
 
 def write_jsonl(path: Path, problems: Iterable[Addition]) -> None:
-    """Write one row per problem with the columns problem, solution and answer."""
+    """Write one row per problem with the columns problem, solution, answer and carries."""
     rows = map(as_example, problems)
-    lines = [json.dumps({"problem": row.problem, "solution": row.solution, "answer": row.answer}) for row in rows]
+    lines = [
+        json.dumps({"problem": row.problem, "solution": row.solution, "answer": row.answer, "carries": row.difficulty})
+        for row in rows
+    ]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

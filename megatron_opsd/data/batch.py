@@ -4,14 +4,15 @@ A sequence is prompt + response without its last token: the response token at pl
 before it, on the student's side and on the teacher's, whatever the two prompts' lengths.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from megatron_opsd.data.weighting import Weighting
 from megatron_opsd.types import Rollout
 
 Side = Literal["student", "teacher"]
@@ -54,14 +55,14 @@ def fill_up(samples: list[Sample], multiple: int) -> list[Sample]:
 class Batch:
     """The global batch of one step, the same on every rank.
 
-    skip_first_tokens: response tokens at the start that are not trained on.
+    weighting: of the responses' tokens.
     multiple: rows are padded to a multiple of it (sequence parallelism splits them evenly).
     one_length: all micro-batches' rows have one length, as pipelines need, else each is as long as it must be.
     packing: sequences follow one another in a micro-batch's only row, instead of a padded row for each.
     """
 
     samples: list[Sample]
-    skip_first_tokens: int = 0
+    weighting: Weighting = field(default_factory=Weighting)
     multiple: int = 1
     one_length: bool = False
     packing: bool = False
@@ -71,9 +72,10 @@ class Batch:
         """Those that read the batch."""
         return SIDES if self.samples[0].teacher_prompt is not None else ("student",)
 
-    def tokens(self, sample: Sample) -> int:
-        """Number of the sample's response tokens that are trained on."""
-        return 0 if sample.is_fill else max(0, len(sample.rollout.token_ids) - self.skip_first_tokens)
+    @property
+    def is_empty(self) -> bool:
+        """Whether no token is trained on."""
+        return not any(self.weighting.trained(sample.rollout) for sample in self.samples if not sample.is_fill)
 
     def assign(self, micro_batch_size: int, dp_size: int) -> Assignment:
         """The sequences of each micro-batch of each data-parallel rank, as many micro-batches on every rank.
@@ -123,7 +125,9 @@ class Microbatch:
     student: Sequences
     teacher: Sequences | None
     response_ids: Tensor  # [n]
-    rollout_logprobs: Tensor | None  # [n] what vLLM said of them, where it wrote them
+    rollout_logprobs: Tensor  # [n] what vLLM said of them
+    is_sampled: Tensor  # [n] bool: whether it did
+    is_end: Tensor  # [n] bool: ends its turn
     advantages: Tensor  # [n]
     sequence: Tensor  # [n] number of the token's sequence in the global batch
     token_weights: Tensor  # [n]
@@ -152,69 +156,65 @@ def padding_share(batch: Batch, assignment: Assignment) -> float:
     return 1 - tokens / places
 
 
-def split(
-    batch: Batch,
-    assignment: Assignment,
-    dp_rank: int,
-    normalization: Literal["token", "sequence"],
-    device: torch.device,
-) -> list[Microbatch]:
-    """The micro-batches of a data-parallel rank.
-
-    The weights and counts make (sum over all ranks of weight * loss) / (sum of counts) the mean over the response
-    tokens of the global batch ("token"), or the mean of its sequences' means ("sequence").
-    """
+def split(batch: Batch, assignment: Assignment, dp_rank: int, device: torch.device) -> list[Microbatch]:
+    """The micro-batches of a data-parallel rank."""
     rows = {side: batch.row_lengths(side, assignment)[dp_rank] for side in batch.sides}
     return [
-        _microbatch(batch, numbers, {side: rows[side][i] for side in batch.sides}, normalization, device)
+        _microbatch(batch, numbers, {side: rows[side][i] for side in batch.sides}, device)
         for i, numbers in enumerate(assignment[dp_rank])
     ]
 
 
-def _microbatch(
-    batch: Batch,
-    numbers: list[int],
-    rows: dict[Side, int],
-    normalization: Literal["token", "sequence"],
-    device: torch.device,
-) -> Microbatch:
-    samples, skip = [batch.samples[i] for i in numbers], batch.skip_first_tokens
-    lengths = [batch.tokens(sample) for sample in samples]
-    weights = [1.0 / n if normalization == "sequence" and n else 1.0 for n in lengths]
+def _microbatch(batch: Batch, numbers: list[int], rows: dict[Side, int], device: torch.device) -> Microbatch:
+    samples, weighting = [batch.samples[i] for i in numbers], batch.weighting
+    real = [sample for sample in samples if not sample.is_fill]
+    lengths = [0 if sample.is_fill else weighting.measured(sample.rollout) for sample in samples]
     repeats = torch.tensor(lengths)
     sides = {
         side: _sequences(batch, [sample.sequence(side) for sample in samples], lengths, row, device)
         for side, row in rows.items()
     }
 
-    def of_responses(values: Sequence[Sequence[float]], dtype: torch.dtype) -> Tensor:
-        parts = [part[skip : skip + n] for part, n in zip(values, lengths, strict=True)]
-        return torch.tensor([value for part in parts for value in part], dtype=dtype, device=device)
+    def tokens(values: Iterable[Sequence[float]], dtype: torch.dtype) -> Tensor:
+        """A value for each measured token, from one for each token of the responses or for the measured ones."""
+        measured = zip(values, (weighting.measured(sample.rollout) for sample in real), strict=True)
+        return torch.tensor([v for part, n in measured for v in part[len(part) - n :]], dtype=dtype, device=device)
 
-    sampled = all(len(sample.rollout.logprobs) == len(sample.rollout.token_ids) for sample in samples)
+    def sequences(values: list[float] | list[int]) -> Tensor:
+        """A value for each measured token, from one for each sequence."""
+        return torch.tensor(values).repeat_interleave(repeats).to(device)
+
+    unknown = [[0.0] * len(sample.rollout.token_ids) for sample in real]
     return Microbatch(
         student=sides["student"],
         teacher=sides.get("teacher"),
-        response_ids=of_responses([sample.rollout.token_ids for sample in samples], torch.long),
-        rollout_logprobs=(
-            of_responses([sample.rollout.logprobs for sample in samples], torch.float32) if sampled else None
+        response_ids=tokens((sample.rollout.token_ids for sample in real), torch.long),
+        rollout_logprobs=tokens(
+            (x.rollout.logprobs or none for x, none in zip(real, unknown, strict=True)), torch.float32
         ),
-        advantages=torch.tensor([sample.advantage for sample in samples]).repeat_interleave(repeats).to(device),
-        sequence=torch.tensor(numbers).repeat_interleave(repeats).to(device),
-        token_weights=torch.tensor(weights).repeat_interleave(repeats).to(device),
-        count=sum(lengths) if normalization == "token" else sum(n > 0 for n in lengths),
+        is_sampled=sequences([int(bool(sample.rollout.logprobs)) for sample in samples]).bool(),
+        is_end=tokens((_ends(sample.rollout) for sample in real), torch.bool),
+        advantages=sequences([sample.advantage for sample in samples]),
+        sequence=sequences(numbers),
+        token_weights=tokens((weighting.weights(sample.rollout) for sample in real), torch.float32),
+        count=sum(weighting.count(sample.rollout) for sample in real),
     )
 
 
+def _ends(rollout: Rollout) -> list[bool]:
+    """Whether each token ends the turn."""
+    return [False] * (len(rollout.token_ids) - 1) + [rollout.finish_reason == "stop"]
+
+
 def _sequences(
-    batch: Batch, sequences: list[list[int]], trained: list[int], row: int, device: torch.device
+    batch: Batch, sequences: list[list[int]], measured: list[int], row: int, device: torch.device
 ) -> Sequences:
-    """Rows of ``row`` tokens; the last ``trained`` positions of each sequence predict its response tokens."""
+    """Rows of ``row`` tokens; the last ``measured`` positions of each sequence predict its response tokens."""
     if batch.packing:
         ends = list(accumulate(map(len, sequences)))
         joined = [token for sequence in sequences for token in sequence]
         tokens = torch.tensor([joined + [0] * (row - len(joined))], dtype=torch.long)
-        index = [torch.arange(end - n, end) for end, n in zip(ends, trained, strict=True)]
+        index = [torch.arange(end - n, end) for end, n in zip(ends, measured, strict=True)]
         # The row's padding in pieces no longer than a sequence: attention's time grows with their squares.
         longest = max(1, *map(len, sequences))
         padding = [*range(ends[-1] + longest, row, longest), row] if row > ends[-1] else []
@@ -224,7 +224,7 @@ def _sequences(
         tokens = torch.tensor([sequence + [0] * (row - len(sequence)) for sequence in sequences], dtype=torch.long)
         index = [
             torch.arange(len(sequence) - n, len(sequence)) * b + j
-            for j, (sequence, n) in enumerate(zip(sequences, trained, strict=True))
+            for j, (sequence, n) in enumerate(zip(sequences, measured, strict=True))
         ]
         boundaries = None
     return Sequences(tokens.to(device), torch.cat(index).to(device), boundaries)

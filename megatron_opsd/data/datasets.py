@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from megatron_opsd.config import DataConfig, Reads
+from megatron_opsd.config import DataConfig, MethodConfig, OpsdConfig, Reads
 from megatron_opsd.data import values
 from megatron_opsd.data.grading import reference_answer
 from megatron_opsd.data.rows import read_rows
@@ -82,18 +82,21 @@ def check_data(config: DataConfig, section: str = "data", reads: Reads = "soluti
     return examples, len(examples) < limit
 
 
-def check_grades(examples: Sequence[Example], train_on: Sequence[Grade], path: str) -> None:
-    """Raise `UserError` where no response to any of the examples could get a grade of `train_on`."""
+def check_grades(examples: Sequence[Example], method: MethodConfig, path: str) -> None:
+    """Raise `UserError` where no response to any of the examples could get a grade that the method learns from."""
     answered = sum(example.answer is not None for example in examples)
     possible = set[Grade]()
     if answered:
         possible |= {Grade.RIGHT, Grade.WRONG, Grade.UNFINISHED}
     if answered < len(examples):
         possible.add(Grade.UNKNOWN)
-    if not possible & set(train_on):
+    if not possible & set(method.learns_from):
+        setting = f"method.kind = {method.kind!r}"
+        if isinstance(method, OpsdConfig):
+            setting = f"method.train_on = {json.dumps(method.train_on)}"
         raise UserError(
-            f"method.train_on = {json.dumps(train_on)}: {answered} of {len(examples)} problems of {path} have an "
-            "answer, so no response gets such a grade; set data.answer_column, or other grades"
+            f"{setting}: {answered} of {len(examples)} problems of {path} have an answer, so no response gets a grade "
+            "to learn from; set data.answer_column, or other grades"
         )
 
 
@@ -154,7 +157,8 @@ def _example(config: DataConfig, index: int, row: Mapping[str, Any], reads: Read
         answer = answer and (reference_answer(answer) or answer)
     if reads == "answer" and answer is None:
         raise BadValueError(f"no answer in column '{config.answer_column or config.solution_column}'")
-    return Example(index, problem, solution, answer)
+    difficulty = None if config.difficulty_column is None else _value(row, config.difficulty_column, values.number)
+    return Example(index, problem, solution, answer, difficulty)
 
 
 def _value(row: Mapping[str, Any], column: str, read: Callable[[Any], T]) -> T:
@@ -165,7 +169,7 @@ def _value(row: Mapping[str, Any], column: str, read: Callable[[Any], T]) -> T:
 
 
 def _check_columns(config: DataConfig, section: str, row: Mapping[str, Any], reads: Reads) -> None:
-    wanted = {"problem_column": config.problem_column, "answer_column": config.answer_column}
+    wanted = {name: getattr(config, name) for name in ("problem_column", "answer_column", "difficulty_column")}
     if reads == "solution" or (reads == "answer" and config.answer_column is None):
         wanted["solution_column"] = config.solution_column
     for field, column in wanted.items():

@@ -8,12 +8,13 @@ both sides; response text is never tokenised again.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from megatron_opsd.config import ANSWER_TEMPLATE, STUDENT_TEMPLATE, TEACHER_TEMPLATE, Config
+from megatron_opsd.config import ANSWER_TEMPLATE, STUDENT_TEMPLATE, TEACHER_TEMPLATE, Config, OpsdConfig
 from megatron_opsd.errors import UserError
 from megatron_opsd.files import AnyObject, excerpt, read_json, read_text
 from megatron_opsd.types import Example
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 SEAM_TOKENS = 16
 # What is assumed of a final answer that a teacher is shown; solutions have a limit of their own.
 ANSWER_TOKENS = 64
+_QUESTION = "A question?"  # what is rendered to see how the chat template begins the assistant's turn
 
 _PLACEHOLDER = re.compile(r"\{(problem|solution|answer)\}")
 
@@ -58,7 +60,8 @@ class PromptBuilder:
 
     `student_thinking` and `teacher_thinking` are handed to the chat template as `enable_thinking`. `teacher_prefix` is
     text that opens the assistant's turn on the teacher's side only (such as `<think>\n`, or an empty think block); it
-    is tokenised by itself and appended, so it can never merge with the response's first token.
+    is tokenised by itself and appended, so it can never merge with the response's first token. None stands for what
+    makes both sides begin alike: a template that closes an empty think block for the student gets the teacher one too.
 
     Raises `UserError` for templates without their placeholders and for a tokenizer without a chat template.
     """
@@ -69,7 +72,9 @@ class PromptBuilder:
     answer_template: str = ANSWER_TEMPLATE
     student_thinking: bool = False
     teacher_thinking: bool = True
-    teacher_prefix: str = ""
+    teacher_prefix: str | None = None
+    train_on_end_of_turn: bool | None = None
+    skip_first_tokens: int = 0
 
     def __post_init__(self) -> None:
         check_templates(self.student_template, self.teacher_template, self.answer_template)
@@ -84,8 +89,13 @@ class PromptBuilder:
         return self._render(fill(self.student_template, {"problem": example.problem}), self.student_thinking)
 
     def teacher(self, example: Example) -> list[int]:
-        """Ids of the prompt that shows the reference solution too, with `teacher_prefix` at its end."""
+        """Ids of the prompt that shows the reference solution too, with the teacher's prefix at its end."""
         return self._teacher(self.teacher_template, {"problem": example.problem, "solution": example.solution})
+
+    def with_solution(self, example: Example) -> list[int]:
+        """Ids of the teacher's prompt as it is put to a student: the response begins as after `student`."""
+        text = fill(self.teacher_template, {"problem": example.problem, "solution": example.solution})
+        return self._render(text, self.student_thinking)
 
     def teacher_with_answer(self, example: Example) -> list[int]:
         """The same with the final answer in place of the solution."""
@@ -98,8 +108,50 @@ class PromptBuilder:
             raise UserError(f"{self._where()}: the tokenizer has no eos_token, which ends a solution; name one")
         return self._encode(example.solution + str(self.tokenizer.eos_token))
 
+    @cached_property
+    def prefix(self) -> str:
+        """What stands between the teacher's prompt and the response."""
+        if self.teacher_prefix is not None:
+            return self.teacher_prefix
+        student, teacher = self._opening(self.student_thinking), self._opening(self.teacher_thinking)
+        return student.removeprefix(teacher) if student.startswith(teacher) else ""
+
+    @cached_property
+    def untrained_at_start(self) -> int:
+        """How many of a response's first tokens are not trained on.
+
+        Besides `skip_first_tokens`: a student that thinks opens its think block itself. A teacher whose template has
+        closed one already does not expect that, and no prefix can change it.
+        """
+        student, teacher = self._opening(self.student_thinking), self._opening(self.teacher_thinking)
+        if self.teacher_prefix is not None or student == teacher or not teacher.startswith(student):
+            return self.skip_first_tokens
+        opened = teacher.removeprefix(student).splitlines(keepends=True)[0]
+        return max(self.skip_first_tokens, len(self._encode(opened)))
+
+    @cached_property
+    def trains_on_end_of_turn(self) -> bool:
+        """Whether the token that ends a response is trained on.
+
+        By default it is, unless the teacher is inside of a think block and the student is not: there the teacher
+        expects the block's end, and a student that learned this would not stop.
+        """
+        if self.train_on_end_of_turn is not None:
+            return self.train_on_end_of_turn
+        teacher = self._opening(self.teacher_thinking) + self.prefix
+        return _thinks(self._opening(self.student_thinking)) or not _thinks(teacher)
+
+    def _opening(self, thinking: bool) -> str:
+        """What the chat template puts behind a user's turn: the beginning of the assistant's."""
+        return self.render_chat([{"role": "user", "content": _QUESTION}], thinking).rpartition(_QUESTION)[2]
+
+    def read_response(self, token_ids: list[int]) -> str:
+        """A response as text that can be shown as a solution: without its thoughts, if it says something after them."""
+        text = str(self.tokenizer.decode(token_ids, skip_special_tokens=True)).strip()
+        return text.rpartition("</think>")[2].strip() or text
+
     def _teacher(self, template: str, values: Mapping[str, str]) -> list[int]:
-        return self._render(fill(template, values), self.teacher_thinking) + self._encode(self.teacher_prefix)
+        return self._render(fill(template, values), self.teacher_thinking) + self._encode(self.prefix)
 
     def _render(self, text: str, thinking: bool) -> list[int]:
         turn = self.render_chat([{"role": "user", "content": text}], thinking)
@@ -144,6 +196,11 @@ class PromptBuilder:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
 
+def _thinks(opening: str) -> bool:
+    """Whether a turn that begins like this is inside of a think block."""
+    return opening.rfind("<think>") > opening.rfind("</think>")
+
+
 def build_prompts(config: Config) -> PromptBuilder:
     """Load the model's tokenizer and bind it to the configured templates. Raises `UserError` where either is unfit."""
     from transformers import AutoTokenizer  # here, because it takes seconds to load
@@ -165,6 +222,8 @@ def build_prompts(config: Config) -> PromptBuilder:
         student_thinking=config.prompts.student_thinking,
         teacher_thinking=config.prompts.teacher_thinking,
         teacher_prefix=config.prompts.teacher_prefix,
+        train_on_end_of_turn=config.prompts.train_on_end_of_turn,
+        skip_first_tokens=config.prompts.skip_first_tokens,
     )
 
 
@@ -185,9 +244,27 @@ def _check_tokenizer_files(model: Path) -> None:
 
 
 def max_model_len(config: Config, prompts: PromptBuilder) -> int:
-    """Tokens of the longest student prompt and response that the limits allow, in training and evaluation."""
-    longest = config.data.max_problem_tokens + config.rollout.max_response_tokens
+    """Tokens of the longest prompt and response that the limits allow the engine, in training and evaluation."""
+    nothing, data, response = Example(0, "", ""), config.data, config.rollout.max_response_tokens
+    alone = len(prompts.student(nothing)) + SEAM_TOKENS
+    longest = alone + data.max_problem_tokens + response
+    if config.method.shows_engine_solutions:
+        template = len(prompts.with_solution(nothing)) + SEAM_TOKENS
+        longest = max(longest, template + data.max_problem_tokens + data.max_solution_tokens + response)
     if config.evaluate.data:
-        response = config.evaluate.max_response_tokens or config.rollout.max_response_tokens
-        longest = max(longest, config.evaluate.data.max_problem_tokens + response)
-    return len(prompts.student(Example(0, "", ""))) + SEAM_TOKENS + longest
+        response = config.evaluate.max_response_tokens or response
+        longest = max(longest, alone + config.evaluate.data.max_problem_tokens + response)
+    return longest
+
+
+def context_tokens(config: Config) -> int:
+    """Tokens of the longest text that a teacher is shown besides the problem."""
+    match config.method.teacher_sees:
+        case "nothing":
+            return 0
+        case "answer":
+            return ANSWER_TOKENS
+        case "solution":
+            by_data = config.data.max_solution_tokens if config.reads == "solution" else 0
+            has_siblings = isinstance(config.method, OpsdConfig) and config.method.context == "sibling"
+            return max(by_data, config.rollout.max_response_tokens if has_siblings else 0)

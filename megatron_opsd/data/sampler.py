@@ -4,9 +4,10 @@ import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from megatron_opsd.errors import UserError
-from megatron_opsd.types import Example
+from megatron_opsd.types import Example, Group
 
 
 class Sampler:
@@ -41,11 +42,14 @@ class Sampler:
             self._position += len(drawn)
         return batch
 
-    def state_dict(self) -> dict[str, int | str]:
+    def update(self, groups: Sequence[Group]) -> None:
+        """Hear how the last batch's problems went. Nothing follows from it here."""
+
+    def state_dict(self) -> dict[str, Any]:
         """The sampler's position, and what identifies its data, as plain JSON values."""
         return {"epoch": self._epoch, "position": self._position, **self._identity()}
 
-    def load_state_dict(self, state: Mapping[str, int | str], allow_changes: bool = False) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], allow_changes: bool = False) -> None:
         """Go on from where a sampler over the same data stood.
 
         Raises `UserError` for other data or another seed; with ``allow_changes`` their order begins instead.
@@ -59,21 +63,30 @@ class Sampler:
                     f"cannot resume: the checkpoint's sampler had {name} {before}, this run has {now}; use the "
                     "first start's data, limits and seed, another --logging.run_dir, or --checkpoint.allow_changes true"
                 )
+        self._restore(state)
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
         self._start_epoch(int(state["epoch"]))
         self._position = int(state["position"])
 
-    def _identity(self) -> dict[str, int | str]:
+    def _identity(self) -> dict[str, Any]:
         return {"seed": self._seed, "examples": len(self._examples), "digest": self._digest}
 
     def _start_epoch(self, epoch: int) -> None:
         self._epoch, self._position = epoch, 0
-        self._order = list(range(len(self._examples)))
+        self._order = self._pool()
         # A text seed is hashed by Python in a fixed way, on every machine and in every process.
         random.Random(f"seed {self._seed} epoch {epoch}").shuffle(self._order)
+
+    def _pool(self) -> list[int]:
+        """Places of the examples that an epoch draws, each once."""
+        return list(range(len(self._examples)))
 
 
 def _digest(examples: Sequence[Example]) -> str:
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(json.dumps([example.problem, example.solution, example.answer]).encode())
+        identity = [example.problem, example.solution, example.answer]
+        identity += [example.difficulty] if example.difficulty is not None else []
+        digest.update(json.dumps(identity).encode())
     return digest.hexdigest()[:16]

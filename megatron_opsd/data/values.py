@@ -1,4 +1,4 @@
-"""The values in a row: which column they are in, and what of them is text, a problem, an answer."""
+"""The values in a row: which column they are in, and what of them is text, a problem, an answer, a number."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -81,6 +81,15 @@ def answer(value: Any) -> str | None:
     if not isinstance(value, str):
         raise BadValueError(f"holds {_kind(value)}, and text or a number is needed")
     return text(value)
+
+
+def number(value: Any) -> float:
+    """A finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
+        raise BadValueError(f"holds {_kind(value) if value is not None else 'nothing'}, and a number is needed")
+    if not isinstance(value, int) and not math.isfinite(value):
+        raise BadValueError(f"holds {value}, and a finite number is needed")
+    return float(value)
 
 
 def _kind(value: Any) -> str:

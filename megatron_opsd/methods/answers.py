@@ -1,6 +1,7 @@
-"""The student's answers to problems, graded: where every on-policy method begins."""
+"""Responses with their grades, of the student or from the data: where every method begins."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from megatron_opsd.config import Config
 from megatron_opsd.data.prompts import PromptBuilder
@@ -9,37 +10,63 @@ from megatron_opsd.rollout.engine import Engine, Sampling, sample_seed
 from megatron_opsd.types import Example, Grade, Group, Rollout
 
 
-def answer(
-    examples: Sequence[Example],
-    step: int,
-    engine: Engine,
-    prompts: PromptBuilder,
-    config: Config,
-    should_abort: Callable[[], bool],
-) -> list[Group]:
-    """``rollout.samples_per_prompt`` answers to each problem, from the weights of ``step``. Collective.
+@dataclass(frozen=True)
+class Writer:
+    """Lets the engine answer problems, and grades what it writes. Collective."""
 
-    Raises:
-        StepAbortedError: ``should_abort`` was true on a rank.
-    """
-    settings, k = config.rollout, config.rollout.samples_per_prompt
-    asked = [prompts.student(example) for example in examples]
-    sampling = Sampling(settings.max_response_tokens, settings.temperature, settings.top_p, settings.top_k)
-    seeds = [sample_seed(config.train.seed, step + 1, i) for i in range(k * len(examples))]
-    rollouts = engine.generate([prompt for prompt in asked for _ in range(k)], sampling, seeds, should_abort)
-    assert all(rollout.weight_version == step for rollout in rollouts), "stale weights"
-    repeated = [example for example in examples for _ in range(k)]
-    correct = grade(rollouts, repeated, prompts.tokenizer, config.evaluate.answer_check)
-    grades = [_grade(*of_one) for of_one in zip(repeated, rollouts, correct, strict=True)]
-    return [
-        Group(example, prompt, rollouts[i * k : (i + 1) * k], grades[i * k : (i + 1) * k])
-        for i, (example, prompt) in enumerate(zip(examples, asked, strict=True))
-    ]
+    config: Config
+    prompts: PromptBuilder
+    engine: Engine
+
+    def answer(self, examples: Sequence[Example], step: int, should_abort: Callable[[], bool]) -> list[Group]:
+        """``rollout.samples_per_prompt`` answers to each problem, from the weights of ``step``.
+
+        Raises:
+            StepAbortedError: ``should_abort`` was true on a rank.
+        """
+        k, seed = self.config.rollout.samples_per_prompt, self.config.train.seed
+        asked = [self.prompts.student(example) for example in examples]
+        seeds = [sample_seed(seed, step + 1, i) for i in range(k * len(examples))]
+        repeated = [example for example in examples for _ in range(k)]
+        rollouts, grades = self.write(repeated, [prompt for prompt in asked for _ in range(k)], seeds, should_abort)
+        assert all(rollout.weight_version == step for rollout in rollouts), "stale weights"
+        return [
+            Group(example, prompt, rollouts[i * k : (i + 1) * k], grades[i * k : (i + 1) * k])
+            for i, (example, prompt) in enumerate(zip(examples, asked, strict=True))
+        ]
+
+    def write(
+        self,
+        examples: Sequence[Example],
+        asked: Sequence[list[int]],
+        seeds: Sequence[int],
+        should_abort: Callable[[], bool],
+    ) -> tuple[list[Rollout], list[Grade]]:
+        """One response to each prompt, and its grade. Raises StepAbortedError as ``answer`` does."""
+        settings = self.config.rollout
+        sampling = Sampling(settings.max_response_tokens, settings.temperature, settings.top_p, settings.top_k)
+        rollouts = self.engine.generate(asked, sampling, seeds, should_abort)
+        correct = grade(rollouts, examples, self.prompts.tokenizer, self.config.evaluate.answer_check)
+        return rollouts, [_grade(*of_one) for of_one in zip(examples, rollouts, correct, strict=True)]
 
 
 def _grade(example: Example, rollout: Rollout, correct: bool) -> Grade:
     if example.answer is None:
         return Grade.UNKNOWN
-    if correct:
-        return Grade.RIGHT
-    return Grade.UNFINISHED if rollout.finish_reason == "length" else Grade.WRONG
+    if rollout.finish_reason == "length":
+        return Grade.UNFINISHED
+    return Grade.RIGHT if correct else Grade.WRONG
+
+
+def solutions(examples: Sequence[Example], prompts: PromptBuilder, step: int) -> list[Group]:
+    """The data's solutions as responses, the end of the turn included."""
+    return [
+        Group(
+            example,
+            prompts.student(example),
+            [Rollout(prompts.solution(example), [], "stop", step)],
+            [Grade.UNKNOWN],
+            solution_in_sight=True,
+        )
+        for example in examples
+    ]

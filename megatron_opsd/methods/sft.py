@@ -1,4 +1,9 @@
-"""Supervised fine-tuning on the data's solutions: the student learns to write what the teacher of OPSD only reads."""
+"""Supervised fine-tuning on the data's solutions: the student learns to write what the teacher of OPSD only reads.
+
+The log-likelihood of each solution after the student's prompt, the end of the turn included. Departure from the paper:
+all parameters learn (there: LoRA). It cannot show the student its own mistakes: every token follows a prefix that
+somebody else wrote, and solutions in another style than the model's pull it away from its own.
+"""
 
 from collections.abc import Callable
 
@@ -6,27 +11,20 @@ from megatron_opsd.config import Config
 from megatron_opsd.data.batch import Sample
 from megatron_opsd.data.prompts import PromptBuilder
 from megatron_opsd.data.sampler import Sampler
-from megatron_opsd.objective import SampledToken, TokenLoss
-from megatron_opsd.types import Grade, Group, Rollout
+from megatron_opsd.methods.answers import solutions
+from megatron_opsd.methods.losses import log_likelihood
+from megatron_opsd.methods.method import Method
+from megatron_opsd.objective import TokenLoss
+from megatron_opsd.types import Group
 
 
-class SFT:
-    """The log-likelihood of each solution after the student's prompt, the end of the turn included."""
-
-    def __init__(self, config: Config, prompts: PromptBuilder, sampler: Sampler) -> None:
-        self._problems, self._prompts, self._sampler = config.train.global_batch_size, prompts, sampler
-        self.loss: TokenLoss = SampledToken()  # advantage 1: the log-likelihood
+class SFT(Method):
+    def __init__(self, config: Config, sampler: Sampler, prompts: PromptBuilder) -> None:
+        self._problems, self._sampler, self._prompts = config.train.global_batch_size, sampler, prompts
+        self.loss: TokenLoss = log_likelihood(config)
 
     def collect(self, step: int, should_abort: Callable[[], bool]) -> list[Group]:
-        return [
-            Group(
-                example,
-                self._prompts.student(example),
-                [Rollout(self._prompts.solution(example), [], "stop", step)],
-                [Grade.UNKNOWN],
-            )
-            for example in self._sampler.next_batch(self._problems)
-        ]
+        return solutions(self._sampler.next_batch(self._problems), self._prompts, step)
 
     def samples(self, groups: list[Group]) -> list[Sample]:
         return [Sample(group.prompt, None, rollout) for group in groups for rollout in group.rollouts]

@@ -4,6 +4,7 @@ Imports torch only and takes process groups as arguments. docs/numerics.md expla
 """
 
 from megatron_opsd.objective.divergence import Divergence
+from megatron_opsd.objective.high_entropy import HighEntropy
 from megatron_opsd.objective.linear import linear_divergence, linear_loss
 from megatron_opsd.objective.sampled_token import SampledToken
 from megatron_opsd.objective.types import TokenLoss, Tokens
@@ -11,6 +12,7 @@ from megatron_opsd.objective.vocab_parallel import vocab_parallel_divergence
 
 __all__ = [
     "Divergence",
+    "HighEntropy",
     "SampledToken",
     "TokenLoss",
     "Tokens",

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from megatron_opsd.config import Config
-from megatron_opsd.data.datasets import check_data, drop_long
+from megatron_opsd.data.datasets import check_data, check_grades, drop_long
 from megatron_opsd.data.prompts import PromptBuilder
 from megatron_opsd.errors import UserError
 from megatron_opsd.files import read_json
@@ -50,11 +50,13 @@ def check_rows(config: Config, prompts: PromptBuilder, train: bool) -> list[str]
     warnings: list[str] = []
     train_on: list[Example] = []
     if train:
-        train_on, all_of_it = check_data(config.data, "data", config.method.reads)
+        train_on, all_of_it = check_data(config.data, "data", config.reads)
         _check_prompts(config, prompts, train_on)
         warnings += _check_control_tokens(config, prompts, train_on)
         if all_of_it:
             _check_limits(config, prompts, train_on)
+            if config.method.writes_rollouts:
+                check_grades(train_on, config.method, config.data.path)
         drawn = config.train.global_batch_size // config.rollout.samples_per_prompt
         if all_of_it and len(train_on) < drawn:
             warnings.append(
@@ -79,11 +81,13 @@ def _check_prompts(config: Config, prompts: PromptBuilder, examples: Sequence[Ex
     longest = max(examples, key=lambda example: len(example.problem) + len(example.solution))
     for example in (examples[0], longest):
         prompts.student(example)
-        if teacher and config.method.reads == "solution":
+        if not teacher:
+            continue
+        if config.reads == "solution":
             prompts.teacher(example)
-        if teacher and not config.method.writes_rollouts:
-            prompts.solution(example)
-        if teacher and config.method.reads == "answer" and example.answer is not None:
+            if not config.method.writes_rollouts:
+                prompts.solution(example)
+        if config.method.teacher_sees == "answer" and example.answer is not None:
             prompts.teacher_with_answer(example)
 
 
@@ -102,7 +106,7 @@ def _check_control_tokens(config: Config, prompts: PromptBuilder, examples: Sequ
 
 def _check_limits(config: Config, prompts: PromptBuilder, examples: Sequence[Example]) -> None:
     """Refuse limits that leave none of the rows."""
-    solutions = config.data.max_solution_tokens if config.method.reads == "solution" else None
+    solutions = config.data.max_solution_tokens if config.reads == "solution" else None
     shortest = sorted(examples, key=lambda example: len(example.problem) + len(example.solution))[:_TOKENIZED_ROWS]
     drop_long(shortest, prompts.tokenizer, config.data.max_problem_tokens, solutions)
 

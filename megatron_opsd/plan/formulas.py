@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 
 from megatron_opsd.config import Config, ParallelConfig
-from megatron_opsd.data.prompts import ANSWER_TOKENS
+from megatron_opsd.data.prompts import context_tokens
 from megatron_opsd.weights.architecture import Architecture
 from megatron_opsd.weights.tables import FAMILIES
 
@@ -33,25 +33,23 @@ class Lengths:
     rollout: int
 
 
-def longest_response(config: Config) -> int:
-    """Of those that are learned from."""
-    return config.rollout.max_response_tokens if config.method.writes_rollouts else config.data.max_solution_tokens
-
-
 def longest_sequences(config: Config) -> Lengths:
     """Upper bounds that need no tokenizer: byte-level BPE makes at most one token from each byte of the templates."""
-    prompts, data, response = config.prompts, config.data, longest_response(config)
-    layout = config.parallel
+    prompts, data, layout = config.prompts, config.data, config.parallel
     multiple = layout.tensor_model_parallel_size if layout.sequence_parallel else 1
-    student = len(prompts.student_template.encode()) + CHAT_TOKENS + data.max_problem_tokens + response
-    longest = student - response + config.rollout.max_response_tokens
-    teacher = student if config.teacher_kind else 0
-    if config.teacher_kind and config.method.reads != "problem":
-        shows_solution = config.method.reads == "solution"
-        template = prompts.teacher_template if shows_solution else prompts.answer_template
-        words = len(template.encode()) + len(prompts.teacher_prefix.encode()) + CHAT_TOKENS
-        shown = data.max_solution_tokens if shows_solution else ANSWER_TOKENS
-        teacher = words + data.max_problem_tokens + shown + response
+    response, written = config.longest_response, config.rollout.max_response_tokens
+    alone = len(prompts.student_template.encode()) + CHAT_TOKENS + data.max_problem_tokens
+    student, longest, teacher = alone + response, alone + written, 0
+    if config.method.shows_engine_solutions:
+        shown = len(prompts.teacher_template.encode()) + CHAT_TOKENS + data.max_problem_tokens
+        longest = max(longest, shown + data.max_solution_tokens + written)
+    if config.teacher_kind:
+        templates = {"solution": prompts.teacher_template, "answer": prompts.answer_template}
+        if template := templates.get(config.method.teacher_sees):
+            words = len(template.encode()) + len((prompts.teacher_prefix or "").encode()) + CHAT_TOKENS
+            teacher = words + data.max_problem_tokens + context_tokens(config) + response
+        else:
+            teacher = student
     if config.train.packing and teacher:  # a row has room for the longest sequence of either side
         student = teacher = max(student, teacher)
     student, teacher = (-(-length // multiple) * multiple for length in (student, teacher))

@@ -276,8 +276,8 @@ def _phases(
     is_last = stage == len(layers) - 1
     b = batch.micro_batch_size
     student, teacher = b * batch.student_length, b * batch.teacher_length
-    responses = batch.global_batch_size // batch.data_parallel_size * formulas.longest_response(config)  # of a step
-    response = min(responses, student if config.train.packing else b * formulas.longest_response(config))
+    responses = batch.global_batch_size // batch.data_parallel_size * config.longest_response  # of a step
+    response = min(responses, student if config.train.packing else b * config.longest_response)
     gradients, states = {"gradients": kept.gradients}, {"optimizer states": kept.optimizer}
     optional = gradients | states
     training = {"student weights": kept.weights} | ({} if config.optim.placement == "offload" else optional)

@@ -9,7 +9,13 @@ from pathlib import Path
 import psutil
 
 from megatron_opsd.config import Config
-from megatron_opsd.data.prompts import ANSWER_TOKENS, SEAM_TOKENS, PromptBuilder, build_prompts, max_model_len
+from megatron_opsd.data.prompts import (
+    SEAM_TOKENS,
+    PromptBuilder,
+    build_prompts,
+    context_tokens,
+    max_model_len,
+)
 from megatron_opsd.errors import UserError
 from megatron_opsd.plan import contents
 from megatron_opsd.reliability import resume
@@ -237,21 +243,14 @@ def check_guards(config: Config, arch: Architecture) -> None:
 
 def check_lengths(config: Config, arch: Architecture, prompts: PromptBuilder, train: bool) -> None:
     """Check the longest sequences against the model's positions."""
-    longest = {"student": max_model_len(config, prompts)}
-    data, nothing = config.data, Example(0, "", "", "")
-    if train and not config.method.writes_rollouts:
-        written = len(prompts.student(nothing)) + data.max_problem_tokens + data.max_solution_tokens + SEAM_TOKENS
-        longest["student"] = max(longest["student"], written) if config.needs_engine else written
-    if train and config.teacher_kind and config.method.reads != "problem":
-        solution = config.method.reads == "solution"
-        prompt = prompts.teacher(nothing) if solution else prompts.teacher_with_answer(nothing)
-        longest["teacher"] = (
-            len(prompt)
-            + data.max_problem_tokens
-            + (data.max_solution_tokens if solution else ANSWER_TOKENS)
-            + config.rollout.max_response_tokens
-            + SEAM_TOKENS
-        )
+    nothing, data = Example(0, "", "", ""), config.data
+    longest = {"student": max_model_len(config, prompts) if config.needs_engine or not train else 0}
+    beside = data.max_problem_tokens + config.longest_response + SEAM_TOKENS
+    if train:
+        longest["student"] = max(longest["student"], len(prompts.student(nothing)) + beside)
+    if train and config.teacher_kind:
+        ask = {"nothing": prompts.student, "answer": prompts.teacher_with_answer, "solution": prompts.teacher}
+        longest["teacher"] = len(ask[config.method.teacher_sees](nothing)) + context_tokens(config) + beside
     for side, length in longest.items():
         if length > arch.max_position_embeddings:
             raise UserError(

@@ -17,15 +17,14 @@ PROGRESS = "progress.json"
 # What a run learns, apart from its data and its model, which are compared by their contents.
 _MEANING = {"method", "teacher", "prompts", "objective"}
 _ONLY_MEMORY = {"teacher.placement", "objective.chunk_size"}
-_OF_A_TEACHER = {"prompts.teacher_template", "prompts.answer_template", "prompts.teacher_thinking"} | {
-    "prompts.teacher_prefix",
+_OF_A_TEACHER = {"prompts.answer_template", "prompts.teacher_thinking", "prompts.teacher_prefix"} | {
+    "prompts.train_on_end_of_turn",
     "objective.kind",
     "objective.beta",
     "objective.clip_mode",
     "objective.clip",
-    "objective.importance_cap",
-    "objective.allow_biased_sampling",
 }
+_OF_POLICY_GRADIENTS = {"objective.importance_cap", "objective.allow_biased_sampling"}
 
 
 class _Progress(BaseModel):
@@ -34,10 +33,11 @@ class _Progress(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     teacher: str
-    sampler: dict[str, int | str]
+    sampler: dict[str, Any]
     step: Positive
     evaluated_step: int = -1
     guards: dict[str, Any] = {}
+    entropy_threshold: float | None = None
     meaning: dict[str, Any]
 
 
@@ -48,7 +48,13 @@ def meaning(config: Config) -> dict[str, Any]:
     unread = _ONLY_MEMORY | (set() if config.teacher_kind else _OF_A_TEACHER)
     if config.teacher_kind != "ema":
         unread |= {"teacher.ema_decay"}
-    return {name: value for name, value in settings.items() if name not in unread} | {"train.seed": config.train.seed}
+    if not config.method.samples_tokens:
+        unread |= _OF_POLICY_GRADIENTS
+    if not (config.method.has_teacher or config.method.shows_engine_solutions):
+        unread |= {"prompts.teacher_template"}
+    train = config.train.model_dump(mode="json", include={"seed", "curriculum"})
+    settings |= {f"train.{name}": value for name, value in train.items()}
+    return {name: value for name, value in settings.items() if name not in unread}
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

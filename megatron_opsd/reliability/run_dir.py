@@ -25,6 +25,7 @@ class RunDir:
         self.metrics = self.path / "metrics.jsonl"
         self.evaluations = self.path / "evaluations.jsonl"
         self.events = self.path / "events.jsonl"
+        self.written = self.path / "written.jsonl"  # responses that a method has let the first weights write
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
         self.skipped = self.path / "skipped"
@@ -43,7 +44,7 @@ class RunDir:
 
     def contents(self) -> list[str]:
         """What a run has left in the folder that another one would replace or mix with its own."""
-        files = [file for file in (self.metrics, self.evaluations) if complete_lines(file)]
+        files = [file for file in (self.metrics, self.evaluations, self.written) if complete_lines(file)]
         folders = [self.checkpoints, self.skipped, self.rollouts(0).parent]
         left = [*files, *(folder for folder in folders if folder.is_dir() and any(folder.iterdir()))]
         return [path.name for path in (*left, self.hf) if path.exists()]
@@ -60,7 +61,7 @@ class RunDir:
         for path in self.path.glob("*"):
             if path.is_symlink() and not path.exists():
                 raise UserError(f"{field}: {path} is a link to nowhere; remove it")
-        for file in (self.config, self.metrics, self.evaluations, self.events, self.outcome):
+        for file in (self.config, self.metrics, self.evaluations, self.events, self.written, self.outcome):
             if file.is_dir():
                 raise UserError(f"{field}: {file} is a folder, where the run writes a file; move it away")
         for folder in (self.checkpoints, self.skipped, self.rollouts(0).parent, self.logs, self.tensorboard, self.hf):

@@ -54,12 +54,10 @@ def check_logprob_gap(losses: LossSums, version: int, config: Config) -> None:
         RefitError: the mean absolute difference over the step's response tokens is too large for the dtype.
     """
     means = losses.means()
-    gap, largest = (
-        means["refit_logprob_gap"],
-        config.rollout.refit_max_logprob_gap or MAX_LOGPROB_GAP[config.model.dtype],
-    )
-    if math.isnan(means["logprob_student"]):
-        return  # this step is skipped, so the difference has no meaning
+    if "refit_logprob_gap" not in means or math.isnan(means["logprob_student"]):
+        return  # nothing was sampled from the student's prompt, or the step is skipped
+    gap = means["refit_logprob_gap"]
+    largest = config.rollout.refit_max_logprob_gap or MAX_LOGPROB_GAP[config.model.dtype]
     if not gap <= largest:
         raise RefitError(
             f"refit: vLLM's log-probs differ from the student's by {gap:.2g} on average (limit {largest:.2g}, worst "

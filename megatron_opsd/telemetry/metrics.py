@@ -116,7 +116,7 @@ class MetricsWriter:
         if not result.metrics["samples"]:
             grades = Counter(grade for group in result.groups for grade in group.grades)
             found = ", ".join(f"{count} {grade}" for grade, count in grades.items())
-            self.warn([f"step {step}: no response to learn from ({found}; see method.train_on); weights unchanged"])
+            self.warn([f"step {step}: no response to learn from ({found}); weights unchanged"])
         scores = _scores(result.metrics)
         self._progress.update(self._task, completed=step, scores=scores)
         if self._progress.disable:
@@ -151,6 +151,7 @@ def _describe(result: StepResult, tokenizer: "PreTrainedTokenizerBase") -> list[
             "problem": group.example.problem,
             "response": tokenizer.decode(rollout.token_ids),
             "grade": grade,
+            "solution_in_sight": group.solution_in_sight,
             **asdict(rollout),
         }
         for group in result.groups

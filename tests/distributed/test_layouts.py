@@ -16,7 +16,8 @@ from megatron_opsd.convert.blocks import whole_model
 from megatron_opsd.convert.convert import hf_to_megatron, megatron_to_hf
 from megatron_opsd.convert.dist_files import DistReader
 from megatron_opsd.data.batch import Batch, Microbatch, Sample, Sequences, fill_up, split
-from megatron_opsd.methods.opsd import opsd_loss
+from megatron_opsd.data.weighting import Weighting
+from megatron_opsd.methods.losses import divergence
 from megatron_opsd.model import parallel
 from megatron_opsd.model.gpt import ModelChunks, build_model
 from megatron_opsd.model.optimizer import build_optimizer, build_schedule, optimizer_step
@@ -238,17 +239,18 @@ class Run:
         config = self.case.config(self.path)
         self.teacher = FrozenTeacher(build(config, self.layout), "resident")
         vocab_size = read_architecture(self.path).vocab_size
-        self.student = Student(build(config, self.layout), self.layout, config, vocab_size, opsd_loss(config))
+        self.student = Student(build(config, self.layout), self.layout, config, vocab_size, divergence(config))
         self.optimizer = build_optimizer(self.student, config.optim)
         self.schedule = build_schedule(self.optimizer, config.optim, steps=10)
         self.microbatches = self.split(random_samples(BATCH))
         self.teacher_hidden = self.teacher.score(self.microbatches)
 
     def split(self, samples: list[Sample]) -> list[Microbatch]:
-        batch = Batch(samples, 1, multiple=self.case.tp, one_length=self.case.pp > 1, packing=self.case.packing)
+        weighting = Weighting(self.case.normalization, skip=1)
+        batch = Batch(samples, weighting, multiple=self.case.tp, one_length=self.case.pp > 1, packing=self.case.packing)
         dp = self.layout.dp_group
         assignment = batch.assign(self.case.micro_batch_size, dp.size())
-        return split(batch, assignment, dp.rank(), self.case.normalization, parallel.device())
+        return split(batch, assignment, dp.rank(), parallel.device())
 
     def other_gradients(self) -> dict[str, torch.Tensor]:
         """Gradients of the sampled tokens' losses, and of the divergence of a batch with fill in it."""

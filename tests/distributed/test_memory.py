@@ -10,8 +10,9 @@ import torch.distributed as dist
 
 from megatron_opsd.config import Config
 from megatron_opsd.data.batch import Batch, split
+from megatron_opsd.data.weighting import Weighting
 from megatron_opsd.device_memory import DeviceMemory
-from megatron_opsd.methods.opsd import opsd_loss
+from megatron_opsd.methods.losses import divergence
 from megatron_opsd.model import parallel
 from megatron_opsd.model.gpt import build_model
 from megatron_opsd.model.optimizer import OptimizerStates, build_optimizer, build_schedule, optimizer_step
@@ -145,7 +146,7 @@ def list_states(path: str) -> None:
         layout = parallel.initialize(config.parallel, seed=1)
         arch = read_architecture(path)
         teacher, student = (build_model(arch, config.model, config.parallel, layout.pg_collection) for _ in range(2))
-        learner = Student(student, layout, config, arch.vocab_size, opsd_loss(config))
+        learner = Student(student, layout, config, arch.vocab_size, divergence(config))
         optimizer = build_optimizer(learner, config.optim)
         states = OptimizerStates(optimizer, config.optim)
         parameters = list(student.parameters())
@@ -153,8 +154,8 @@ def list_states(path: str) -> None:
         assert on_all_ranks(states._tensors()) == (count if dtype == "bfloat16" else 0)
         parts = getattr(optimizer, "chained_optimizers", [optimizer])
         assert all(len(part.optimizer.state) == 0 for part in parts)  # a checkpoint could still be loaded
-        batch, dp = Batch(random_samples(8), 1, 1, False, False), layout.dp_group
-        microbatches = split(batch, batch.assign(2, dp.size()), dp.rank(), "token", torch.device("cpu"))
+        batch, dp = Batch(random_samples(8), Weighting(skip=1)), layout.dp_group
+        microbatches = split(batch, batch.assign(2, dp.size()), dp.rank(), torch.device("cpu"))
         frozen = FrozenTeacher(teacher, "resident")
         losses = learner.forward_backward(microbatches, frozen.head_weight(), frozen.score(microbatches))
         optimizer_step(optimizer, build_schedule(optimizer, config.optim, steps=3), losses.means()["loss"])

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_opsd.config import Config
-from megatron_opsd.methods.opsd import opsd_loss
+from megatron_opsd.methods.losses import divergence
 from megatron_opsd.model import parallel
 from megatron_opsd.model.gpt import build_model
 from megatron_opsd.model.optimizer import build_optimizer, dithered
@@ -62,7 +62,7 @@ def follow(path: str) -> None:
         arch = read_architecture(path)
         model = build_model(arch, config.model, config.parallel, layout.pg_collection)
         load_hf(model, HFReader(path), NameTable(arch), layout.shard)
-        student = Student(model, layout, config, arch.vocab_size, opsd_loss(config))
+        student = Student(model, layout, config, arch.vocab_size, divergence(config))
         # Any mistake in which numbers belong to which weight would show as a change.
         assert all(not change.any() for change in first_step(student, config, gradient=0.0))
         # Rows of the embedding that only pad the vocabulary are zero and follow exactly.

@@ -128,7 +128,7 @@ def three_readers(run_dir: str, overrides: dict[str, str]) -> None:
     megatron = build_model(table.arch, config.model, config.parallel, layout.pg_collection)
     load_hf(megatron, reader, table, Shard())
     batch = Batch([Sample(prompt, prompt, rollout) for prompt, rollout in zip(ids, rollouts, strict=True)])
-    (microbatch,) = split(batch, batch.assign(64, 1), 0, "token", parallel.device())
+    (microbatch,) = split(batch, batch.assign(64, 1), 0, parallel.device())
     (hidden,) = FrozenTeacher(megatron, "resident").score([microbatch])
     logits = (hidden @ megatron.head_weight().T)[:, : table.arch.vocab_size]  # [n, v]
     assert (logits.argmax(1) == microbatch.response_ids).all()

@@ -6,7 +6,7 @@ import torch
 
 from megatron_opsd.config import Config
 from megatron_opsd.data.batch import Batch, split
-from megatron_opsd.methods.opsd import opsd_loss
+from megatron_opsd.methods.losses import divergence
 from megatron_opsd.model import parallel
 from megatron_opsd.model.gpt import ModelChunks, build_model
 from megatron_opsd.model.optimizer import build_optimizer, build_schedule, optimizer_step
@@ -41,14 +41,12 @@ def steps_of_a_student(path: str, tp: int, dtype: str) -> None:
         load_hf(model, HFReader(path), NameTable(arch), layout.shard, layout.dp_group)
         return model
 
-    student = Student(build(), layout, config, arch.vocab_size, opsd_loss(config))
+    student = Student(build(), layout, config, arch.vocab_size, divergence(config))
     optimizer = build_optimizer(student, config.optim)
     schedule = build_schedule(optimizer, config.optim, STEPS)
     teacher = EmaTeacher(build(), "resident", DECAY, lambda: build("float32"))
     batch = Batch(random_samples(4))
-    microbatches = split(
-        batch, batch.assign(2, layout.dp_group.size()), layout.dp_group.rank(), "token", torch.device("cpu")
-    )
+    microbatches = split(batch, batch.assign(2, layout.dp_group.size()), layout.dp_group.rank(), torch.device("cpu"))
     exact = {name: weight.detach().double() for name, weight in student.model_chunks.named_parameters()}
     start = {name: weight.clone() for name, weight in exact.items()}
     for _ in range(STEPS):

@@ -13,7 +13,7 @@ from megatron_opsd.data.batch import Batch, split
 from megatron_opsd.data.datasets import read_examples
 from megatron_opsd.data.prompts import build_prompts
 from megatron_opsd.data.sampler import Sampler
-from megatron_opsd.methods.opsd import opsd_loss
+from megatron_opsd.methods.losses import divergence
 from megatron_opsd.model import parallel
 from megatron_opsd.model.gpt import ModelChunks, build_model
 from megatron_opsd.model.optimizer import OptimizerStates, build_optimizer, build_schedule, optimizer_step
@@ -56,7 +56,7 @@ class Parts:
 
         self.build = build
         self.teacher = FrozenTeacher(build(), "offload")
-        self.student = Student(build(), layout, config, arch.vocab_size, opsd_loss(config))
+        self.student = Student(build(), layout, config, arch.vocab_size, divergence(config))
         self.optimizer = build_optimizer(self.student, config.optim)
         self.schedule = build_schedule(self.optimizer, config.optim, steps=10)
         self.states = OptimizerStates(self.optimizer, config.optim)

@@ -36,6 +36,11 @@ def test_solutions_are_worked_column_by_column(problems: ModuleType) -> None:
     assert example.answer == "632"
 
 
+@pytest.mark.parametrize(("left", "right", "carries"), [(123, 456, 0), (347, 285, 2), (999, 999, 3), (500, 500, 1)])
+def test_carries_are_counted(problems: ModuleType, left: int, right: int, carries: int) -> None:
+    assert problems.as_example(problems.Addition(left, right)).difficulty == carries
+
+
 def test_solutions_are_right(problems: ModuleType) -> None:
     for problem in [*problems.draw_distinct(500, 1, held_out=False), problems.Addition(999, 999)]:
         example = problems.as_example(problem)

@@ -1,9 +1,12 @@
 """Alignment, padding and counting of micro-batches, on sequences a person can check."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from megatron_opsd.data.batch import SIDES, Batch, Microbatch, Sample, fill_up, padding_share, split
+from megatron_opsd.data.weighting import Weighting
 from megatron_opsd.types import Rollout
 
 
@@ -32,10 +35,10 @@ SAMPLES = [
 ]
 
 
-def microbatches(batch: Batch, size: int, group: Group | None = None, normalization: str = "token") -> list[Microbatch]:
+def microbatches(batch: Batch, size: int, group: Group | None = None) -> list[Microbatch]:
     group = group or Group()
     assignment = batch.assign(size, group.size())
-    return split(batch, assignment, group.rank(), normalization, torch.device("cpu"))  # type: ignore[arg-type]
+    return split(batch, assignment, group.rank(), torch.device("cpu"))
 
 
 def predicted(tokens: torch.Tensor, index: torch.Tensor, whole: list[list[int]]) -> list[int]:
@@ -47,7 +50,7 @@ def predicted(tokens: torch.Tensor, index: torch.Tensor, whole: list[list[int]])
 @pytest.mark.parametrize("skip", [0, 1, 2, 9])
 @pytest.mark.parametrize("multiple", [1, 4])
 def test_both_sides_predict_the_same_response_tokens(skip: int, multiple: int) -> None:
-    (micro,) = microbatches(Batch(SAMPLES, skip, multiple), 4)
+    (micro,) = microbatches(Batch(SAMPLES, Weighting(skip=skip), multiple), 4)
     wanted = [token for x in SAMPLES for token in x.rollout.token_ids[skip:]]
     assert micro.response_ids.tolist() == wanted
     student = [x.student_prompt + x.rollout.token_ids for x in SAMPLES]
@@ -63,10 +66,9 @@ def test_both_sides_predict_the_same_response_tokens(skip: int, multiple: int) -
 
 
 def test_weights_of_the_two_normalizations() -> None:
-    batch = Batch(SAMPLES)
-    (by_token,) = microbatches(batch, 4)
+    (by_token,) = microbatches(Batch(SAMPLES), 4)
     assert by_token.token_weights.tolist() == [1.0] * 6
-    (by_sequence,) = microbatches(batch, 4, normalization="sequence")
+    (by_sequence,) = microbatches(Batch(SAMPLES, Weighting("sequence")), 4)
     assert by_sequence.token_weights.tolist() == pytest.approx([1 / 3] * 3 + [1] + [1 / 2] * 2)
     assert by_sequence.count == 3  # the empty response is no sequence to average
     assert by_sequence.sequence.tolist() == [0, 0, 0, 1, 2, 2]
@@ -95,7 +97,7 @@ def test_a_micro_batch_without_response_tokens() -> None:
 @pytest.mark.parametrize("skip", [0, 2])
 @pytest.mark.parametrize("multiple", [1, 4])
 def test_packed_rows_hold_the_sequences_one_after_the_other(skip: int, multiple: int) -> None:
-    batch = Batch(SAMPLES, skip, multiple, packing=True)
+    batch = Batch(SAMPLES, Weighting(skip=skip), multiple, packing=True)
     micros = microbatches(batch, 2)
     assert len(micros) == 1  # 6 + 3 + 2 + 1 teacher tokens in room for twice the longest
     (micro,) = micros
@@ -144,17 +146,17 @@ def test_padding_of_a_packed_row_comes_in_pieces_no_longer_than_its_sequences() 
     assert alone.student.boundaries.tolist() == [0, 2, 4, 6, 8, 10, 12, 14, 16, 18]
 
 
-@pytest.mark.parametrize("normalization", ["token", "sequence"])
+@pytest.mark.parametrize("normalization", ["token", "sequence", "constant"])
 @pytest.mark.parametrize("packing", [False, True])
-def test_fill_is_read_but_not_learned_from(normalization: str, packing: bool) -> None:
+def test_fill_is_read_but_not_learned_from(normalization: Any, packing: bool) -> None:
     """Neither its tokens nor its sequences count, and there is no more of it than the layout needs."""
     assert fill_up(SAMPLES, 2) == SAMPLES
-    filled = fill_up(SAMPLES[:3], 4)
+    filled, weighting = fill_up(SAMPLES[:3], 4), Weighting(normalization)
     assert [x.is_fill for x in filled] == [False, False, False, True]
     assert filled[3].rollout == SAMPLES[1].rollout  # the shortest
-    (plain,) = microbatches(Batch(SAMPLES[:3]), 3, normalization=normalization)
-    batch = Batch(filled, packing=packing)
-    found = [micro for rank in range(2) for micro in microbatches(batch, 2, Group(rank, 2), normalization)]
+    (plain,) = microbatches(Batch(SAMPLES[:3], weighting), 3)
+    batch = Batch(filled, weighting, packing=packing)
+    found = [micro for rank in range(2) for micro in microbatches(batch, 2, Group(rank, 2))]
     assert sum(micro.count for micro in found) == plain.count
     tokens = sorted(token for micro in found for token in micro.response_ids.tolist())
     assert tokens == sorted(plain.response_ids.tolist())

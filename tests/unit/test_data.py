@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_opsd.config import DataConfig
+from megatron_opsd.config import DataConfig, OpsdConfig, StarConfig
 from megatron_opsd.data.datasets import (
     Dropped,
     check_data,
@@ -182,13 +182,17 @@ def test_rows_need_what_the_method_reads(tmp_path: Path) -> None:
 
 def test_grades_that_no_response_can_get_are_refused() -> None:
     answered, open_ended = Example(0, "1+1?", "", "2"), Example(1, "Draw it.", "", None)
-    check_grades([answered, open_ended], [Grade.RIGHT], "data.jsonl")
-    check_grades([open_ended], list(Grade), "data.jsonl")
-    for examples, grade in (([open_ended], Grade.RIGHT), ([answered], Grade.UNKNOWN)):
-        message = fail(lambda _, e=examples, g=grade: check_grades(e, [g], "data.jsonl"), DataConfig(path="unread"))
-        assert message.startswith(
-            f'method.train_on = ["{grade}"]: {examples == [answered]:d} of 1 problems of data.jsonl'
-        )
+    for method in (OpsdConfig(train_on=[Grade.RIGHT]), StarConfig()):
+        check_grades([answered, open_ended], method, "data.jsonl")
+    check_grades([open_ended], OpsdConfig(), "data.jsonl")
+    right, unknown = OpsdConfig(train_on=[Grade.RIGHT]), OpsdConfig(train_on=[Grade.UNKNOWN])
+    for example, method, setting in (
+        (open_ended, right, 'method.train_on = ["right"]'),
+        (answered, unknown, 'method.train_on = ["unknown"]'),
+        (open_ended, StarConfig(), "method.kind = 'star'"),
+    ):
+        message = fail(lambda _, e=example, m=method: check_grades([e], m, "data.jsonl"), DataConfig(path="unread"))
+        assert message.startswith(f"{setting}: {example == answered:d} of 1 problems of data.jsonl")
 
 
 def test_held_out_problems_need_answers_but_no_solutions(tmp_path: Path) -> None:

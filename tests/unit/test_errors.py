@@ -75,7 +75,7 @@ def test_no_mistakes(config: list[str], capsys: pytest.CaptureFixture[str]) -> N
         (["--objective.clip", "inf"], ["--objective.clip = inf", "finite"]),
         (["--method.context", "shuffled", "--rollout.samples_per_prompt", "32"], ["shuffled", "two problems"]),
         (["--objective.beta", "1.5"], ["--objective.beta = 1.5", "less than 1"]),
-        (["--method.kind", "grpo"], ["method.kind = 'grpo'", "opsd, sft"]),
+        (["--method.kind", "ppo"], ["method.kind = 'ppo'", "opsd, grpo, star, sft, distill"]),
         (["--method.kind", "sft", "--method.context", "answer"], ["--method.context", "'sft' has no such setting"]),
         (["--method.contxt", "answer"], ["--method.contxt: unknown option", "--method.context"]),
         (["--method.train_on", '["rite"]'], ["method.train_on.0 = 'rite'", "'right'"]),

@@ -32,7 +32,7 @@ from megatron_opsd.config import (
 )
 from megatron_opsd.config_file import load_config
 from megatron_opsd.data.prompts import ANSWER_TOKENS, build_prompts, max_model_len
-from megatron_opsd.methods.opsd import opsd_loss
+from megatron_opsd.methods.losses import divergence
 from megatron_opsd.model import gpt as model_module
 from megatron_opsd.model import parallel
 from megatron_opsd.model.gpt import ModelChunks, build_model
@@ -370,7 +370,7 @@ def check_training_states(config: Config, plan: Plan) -> None:
     """Parameters, gradient buffers and optimizer states after a step, to the byte; the largest rank's counts."""
     layout, arch, model = build(config)
     teacher = sum(p.nbytes for p in model.parameters())
-    student = Student(model, layout, config, arch.vocab_size, opsd_loss(config))
+    student = Student(model, layout, config, arch.vocab_size, divergence(config))
     optimizer = build_optimizer(student, config.optim)
     student.ddp_chunks[0].zero_grad_buffer()
     optimizer.step()
@@ -439,7 +439,7 @@ def check_activations(config: Config) -> None:
 def check_checkpoint(config: Config, plan: Plan) -> None:
     """The whole tensors that a checkpoint would be made of."""
     layout, arch, model = build(config)
-    optimizer = build_optimizer(Student(model, layout, config, arch.vocab_size, opsd_loss(config)), config.optim)
+    optimizer = build_optimizer(Student(model, layout, config, arch.vocab_size, divergence(config)), config.optim)
     optimizer.step()
     tensors: dict[str, int] = {}
 

@@ -34,25 +34,75 @@ def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-@pytest.mark.parametrize(
-    ("student_thinking", "teacher_thinking"), list(itertools.product([False, True], repeat=2)), ids=str
-)
+PAIRINGS = list(itertools.product([False, True], repeat=2))
+
+
+@pytest.mark.parametrize(("student_thinking", "teacher_thinking"), PAIRINGS, ids=str)
 def test_every_pairing_of_thinking_predicts_the_same_response(
     tokenizer: PreTrainedTokenizerBase, student_thinking: bool, teacher_thinking: bool
 ) -> None:
     builder = PromptBuilder(tokenizer, student_thinking=student_thinking, teacher_thinking=teacher_thinking)
     response = [*tokenizer.encode(r"Half of it is \boxed{x/2}."), tokenizer.convert_tokens_to_ids("<|im_end|>")]
     predicted = []
-    for prompt, thinking in (
-        (builder.student(EXAMPLE), student_thinking),
-        (builder.teacher(EXAMPLE), teacher_thinking),
-    ):
-        ending = tokenizer.decode(prompt).rpartition("<|im_end|>\n")[2]
-        assert ending == HEADER + ("" if thinking else NO_THOUGHTS)
+    for prompt in (builder.student(EXAMPLE), builder.teacher(EXAMPLE)):
         sequence = prompt + response
         # The logits at position i predict token i + 1.
         predicted.append([sequence[i + 1] for i in range(len(prompt) - 1, len(sequence) - 1)])
     assert predicted[0] == predicted[1] == response
+
+
+@pytest.mark.parametrize(("student_thinking", "teacher_thinking"), PAIRINGS, ids=str)
+def test_a_response_begins_alike_on_both_sides(
+    tokenizer: PreTrainedTokenizerBase, student_thinking: bool, teacher_thinking: bool
+) -> None:
+    """By default what stands before the first token that is trained on ends with the same think tokens."""
+    builder = PromptBuilder(tokenizer, student_thinking=student_thinking, teacher_thinking=teacher_thinking)
+    first = tokenizer.encode(
+        ("<think>\n" if student_thinking else "") + "First, find a half.", add_special_tokens=False
+    )
+    student, teacher = (
+        tokenizer.decode(prompt + first[: builder.untrained_at_start]).rpartition(HEADER)[2]
+        for prompt in (builder.student(EXAMPLE), builder.teacher(EXAMPLE))
+    )
+    expected = {
+        (False, False): (NO_THOUGHTS, NO_THOUGHTS),
+        (True, True): ("", ""),
+        (False, True): (NO_THOUGHTS, NO_THOUGHTS),  # the prefix closes the teacher's think block
+        (True, False): ("<think>\n", NO_THOUGHTS + "<think>\n"),  # no prefix can open a closed block again
+    }
+    assert (student, teacher) == expected[student_thinking, teacher_thinking]
+    assert builder.trains_on_end_of_turn
+    assert tokenizer.decode(builder.with_solution(EXAMPLE)).endswith(HEADER + ("" if student_thinking else NO_THOUGHTS))
+
+
+def test_the_end_of_turn_is_not_trained_on_where_the_teacher_alone_is_inside_of_a_think_block(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """It would expect the end of its thoughts where the student ends its turn."""
+    assert not PromptBuilder(tokenizer, teacher_prefix="<think>\n").trains_on_end_of_turn
+    assert PromptBuilder(tokenizer, teacher_prefix="<think>\n", train_on_end_of_turn=True).trains_on_end_of_turn
+    assert PromptBuilder(tokenizer, teacher_prefix=NO_THOUGHTS).trains_on_end_of_turn
+    assert PromptBuilder(tokenizer, teacher_prefix="").trains_on_end_of_turn
+    # A template for models that always think opens the block itself, for both.
+    tokenizer.chat_template += "{%- if add_generation_prompt -%}{{- '<think>\n' -}}{%- endif -%}"
+    assert PromptBuilder(tokenizer, student_thinking=True).trains_on_end_of_turn
+
+
+def test_skipped_tokens_are_those_of_the_setting_or_of_the_pairing(tokenizer: PreTrainedTokenizerBase) -> None:
+    opening = len(tokenizer.encode("<think>\n", add_special_tokens=False))
+    for thinking, skip, untrained in (((False, True), 3, 3), ((True, False), 0, opening), ((True, False), 9, 9)):
+        student, teacher = thinking
+        builder = PromptBuilder(tokenizer, student_thinking=student, teacher_thinking=teacher, skip_first_tokens=skip)
+        assert builder.untrained_at_start == untrained
+    builder = PromptBuilder(tokenizer, student_thinking=True, teacher_thinking=False, teacher_prefix="")
+    assert builder.untrained_at_start == 0  # who gives a prefix knows what it does
+
+
+def test_a_template_without_thinking_needs_no_prefix(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = "{{ messages[0].content }}{% if add_generation_prompt %}\n{% endif %}"
+    for student, teacher in PAIRINGS:
+        builder = PromptBuilder(tokenizer, student_thinking=student, teacher_thinking=teacher)
+        assert (builder.prefix, builder.untrained_at_start, builder.trains_on_end_of_turn) == ("", 0, True)
 
 
 def test_rendered_prompts_are_one_user_turn_with_the_texts_as_they_are(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -65,7 +115,7 @@ def test_rendered_prompts_are_one_user_turn_with_the_texts_as_they_are(tokenizer
     assert teacher.startswith(f"<|im_start|>user\nProblem: {EXAMPLE.problem}\n\n")
     assert EXAMPLE.solution in teacher
     assert EXAMPLE.solution not in student
-    assert teacher.endswith(f"put your final answer within \\boxed{{}}.<|im_end|>\n{HEADER}")
+    assert teacher.endswith(f"put your final answer within \\boxed{{}}.<|im_end|>\n{HEADER}{NO_THOUGHTS}")
     assert teacher.count("<|im_start|>") == 2
 
 
@@ -73,15 +123,16 @@ def test_rendered_prompts_are_one_user_turn_with_the_texts_as_they_are(tokenizer
 def test_teacher_prefix_is_appended_and_never_merges_with_the_response(
     tokenizer: PreTrainedTokenizerBase, prefix: str
 ) -> None:
-    plain, prefixed = PromptBuilder(tokenizer), PromptBuilder(tokenizer, teacher_prefix=prefix)
+    plain, prefixed = PromptBuilder(tokenizer, teacher_prefix=""), PromptBuilder(tokenizer, teacher_prefix=prefix)
     prefix_ids = tokenizer.encode(prefix, add_special_tokens=False)
     assert prefixed.teacher(EXAMPLE) == plain.teacher(EXAMPLE) + prefix_ids
     assert prefixed.student(EXAMPLE) == plain.student(EXAMPLE)
 
 
-def test_an_empty_think_block_as_prefix_equals_thinking_off(tokenizer: PreTrainedTokenizerBase) -> None:
-    prefixed = PromptBuilder(tokenizer, teacher_thinking=True, teacher_prefix=NO_THOUGHTS)
-    assert prefixed.teacher(EXAMPLE) == PromptBuilder(tokenizer, teacher_thinking=False).teacher(EXAMPLE)
+def test_a_response_as_a_solution_has_no_thoughts(tokenizer: PreTrainedTokenizerBase) -> None:
+    builder = PromptBuilder(AutoTokenizer.from_pretrained(BASE, extra_special_tokens={}))
+    for text, shown in ((" It is 2.<|im_end|>", "It is 2."), ("It is \\boxed{2}.", "It is \\boxed{2}.")):
+        assert builder.read_response(tokenizer.encode(text, add_special_tokens=False)) == shown
 
 
 def test_fill_replaces_placeholders_once_and_leaves_other_braces() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_opsd.config import CheckpointConfig, Config, ParallelConfig
-from megatron_opsd.methods.opsd import opsd_loss
+from megatron_opsd.methods.losses import divergence
 from megatron_opsd.model import parallel
 from megatron_opsd.model.gpt import build_model
 from megatron_opsd.model.optimizer import build_optimizer
@@ -91,7 +91,7 @@ def _save_on_four_ranks(config: Config, out: Path) -> None:
     assert arch.moe
     arch = replace(arch, hidden_size=512, moe=replace(arch.moe, moe_ffn_hidden_size=1024))
     model = build_model(arch, config.model, config.parallel, layout.pg_collection)
-    student = Student(model, layout, config, arch.vocab_size, opsd_loss(config))
+    student = Student(model, layout, config, arch.vocab_size, divergence(config))
     optimizer = build_optimizer(student, config.optim)
     student.ddp_chunks[0].zero_grad_buffer()
     optimizer.step()

@@ -29,7 +29,7 @@ ROWS = [
     changed("another teacher", "teacher.kind", "live", "'frozen'", "'live'"),
     changed("a teacher that thinks", "prompts.teacher_thinking", "true", "False", "True"),
     changed("another prompt", "prompts.student_template", "{problem}!", "'Problem: {problem}", "'{problem}!'"),
-    changed("a prefix", "prompts.teacher_prefix", "<think>", "''", "'<think>'"),
+    changed("a prefix", "prompts.teacher_prefix", "<think>", "None", "'<think>'"),
     changed("other tokens skipped", "prompts.skip_first_tokens", "2", "0", "2"),
     changed("another seed", "train.seed", "5", "0", "5"),
     Bad(

@@ -1,68 +1,10 @@
-"""The whole configuration of a run: one frozen, strict schema. config_file.py reads it from TOML.
+"""The sections that need few words; method.py and prompts.py have the others."""
 
-The string under each field is its ``--help``. What can be said of settings without a model or a cluster is checked
-here, by validators whose errors name the settings; the rest is plan/preflight.py's.
-"""
+from typing import Annotated, Literal, Self
 
-import os
-from typing import Annotated, Any, ClassVar, Literal, Self
-from urllib.parse import urlsplit
+from pydantic import Field, model_validator
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
-
-from megatron_opsd.types import Grade
-
-# The wording of the prompts. Here because it is configuration; prompts.py turns it into token ids.
-_CLOSING = r"Please reason step by step, and put your final answer within \boxed{}."
-
-STUDENT_TEMPLATE = "Problem: {problem}\n\n" + _CLOSING
-
-TEACHER_TEMPLATE = (
-    "Problem: {problem}\n\n"
-    "The following solution is known to be correct.\n\n"
-    "--- begin solution ---\n"
-    "{solution}\n"
-    "--- end solution ---\n\n"
-    "Make sure you understand every step of it. Then derive the answer yourself, in your own words, as if you had "
-    "not been shown the solution.\n\n" + _CLOSING
-)
-
-ANSWER_TEMPLATE = (
-    "Problem: {problem}\n\n"
-    "The final answer is known to be {answer}. Derive it yourself, in your own words, as if you had not been told.\n\n"
-    + _CLOSING
-)
-
-Positive = Annotated[int, Field(gt=0, lt=2**31)]
-NonNegative = Annotated[int, Field(ge=0, lt=2**31)]
-Fraction = Annotated[float, Field(gt=0, le=1)]
-Minutes = Annotated[float, Field(gt=0, le=525_600)]  # a year
-Place = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
-
-
-def _check_base_url(url: str) -> str:
-    if not _is_base_url(url):
-        raise ValueError(f"rollout.servers = {url!r}: must be the URL of a server, such as http://127.0.0.1:8000")
-    return url
-
-
-def _is_base_url(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        named = bool(parts.hostname) and parts.port is not None
-    except ValueError:  # a port that is none
-        return False
-    more = parts.path.strip("/") or parts.query or parts.fragment or parts.username
-    return parts.scheme in ("http", "https") and named and not more
-
-
-BaseURL = Annotated[str, AfterValidator(_check_base_url)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+from megatron_opsd.config.section import BaseURL, Fraction, Minutes, NonNegative, Place, Positive, Section
 
 
 class ModelConfig(Section):
@@ -72,50 +14,6 @@ class ModelConfig(Section):
     """Type of the parameters and activations. Gradients and optimizer states are float32 either way."""
     recompute: Literal["none", "full"] = "none"
     """`full` keeps one activation a layer and computes the rest again in the backward pass."""
-
-
-Reads = Literal["problem", "answer", "solution"]  # what a row of the data must have; each includes the problem
-
-
-class OpsdConfig(Section):
-    has_teacher: ClassVar[bool] = True
-    writes_rollouts: ClassVar[bool] = True  # whether the engine writes responses in every step
-    kind: Literal["opsd"] = "opsd"
-    """The method: `opsd`, On-Policy Self-Distillation, or `sft`, fine-tuning on the data's solutions."""
-    loss: Literal["divergence", "sampled_token"] = "divergence"
-    """`divergence` compares whole distributions ([objective]); `sampled_token` is the policy gradient of the sampled
-    tokens, with log q - log p as their advantages."""
-    context: Literal["solution", "answer", "shuffled", "nothing"] = "solution"
-    """What the teacher sees besides the problem: the reference solution, or its final answer alone. Controls:
-    `shuffled`, another problem's solution; `nothing`, the student's prompt."""
-    train_on: list[Annotated[Grade, Field(strict=False)]] = list(Grade)
-    """Which responses are learned from. `unfinished` ones were cut at the limit; `unknown`: the data has no answer."""
-
-    @property
-    def reads(self) -> Reads:
-        if self.context in ("solution", "shuffled"):
-            return "solution"
-        return "answer" if self.context == "answer" or Grade.UNKNOWN not in self.train_on else "problem"
-
-
-class SftConfig(Section):
-    has_teacher: ClassVar[bool] = False
-    writes_rollouts: ClassVar[bool] = False
-    kind: Literal["sft"] = "sft"
-    """The method: `opsd`, On-Policy Self-Distillation, or `sft`, fine-tuning on the data's solutions."""
-
-    @property
-    def reads(self) -> Reads:
-        return "solution"
-
-
-def _method_kind(method: Any) -> Any:
-    return method.get("kind", "opsd") if isinstance(method, dict) else getattr(method, "kind", None)
-
-
-MethodConfig = Annotated[
-    Annotated[OpsdConfig, Tag("opsd")] | Annotated[SftConfig, Tag("sft")], Discriminator(_method_kind)
-]
 
 
 class TeacherConfig(Section):
@@ -160,36 +58,18 @@ class DataConfig(Section):
     """Column with the worked reference solution, which only the teacher sees."""
     answer_column: str | None = None
     """Column with the final answer. Without one it is read from the solution (last \\boxed{}, or `#### 72`)."""
+    difficulty_column: str | None = None
+    """Column with a number for train.curriculum, higher for harder problems."""
     max_problem_tokens: Positive = 2048
     """Rows with a longer problem are dropped and counted."""
     max_solution_tokens: Positive = 8192
     """Rows with a longer solution are dropped and counted."""
 
 
-class PromptsConfig(Section):
-    student_template: str = STUDENT_TEMPLATE
-    """The student's user turn; {problem} is replaced."""
-    teacher_template: str = TEACHER_TEMPLATE
-    """The teacher's user turn; {problem} and {solution} are replaced."""
-    answer_template: str = ANSWER_TEMPLATE
-    """The teacher's user turn with method.context = `answer`; {problem} and {answer} are replaced."""
-    student_thinking: bool = False
-    """`enable_thinking` of the student's chat template."""
-    teacher_thinking: bool = True
-    """`enable_thinking` of the teacher's chat template."""
-    teacher_prefix: str = ""
-    """Text put between the teacher's prompt and the response, such as an empty think block.
-
-    With the student's thinking off and the teacher's on, a Qwen3 teacher expects `<think>` where the response starts:
-    a prefix of `<think>\\n`, or skip_first_tokens, keeps the student from learning that."""
-    skip_first_tokens: NonNegative = 0
-    """Response tokens at the start that are not trained on."""
-
-
 class RolloutConfig(Section):
     engine: Literal["colocated", "server"] = "colocated"
     """`colocated` takes turns with training on its GPUs; `server` asks `rollout.servers`, on other nodes as a rule."""
-    servers: list[BaseURL] = []
+    servers: list[BaseURL] = []  # noqa: RUF012 - pydantic copies it
     """The servers of engine `server`, such as http://127.0.0.1:8000; each was started with `opsd serve`."""
     tensor_model_parallel_size: Positive = 1
     """vLLM's tensor-parallel size: any divisor of the world size, whatever Megatron's layout; or that of a server."""
@@ -239,13 +119,18 @@ class ObjectiveConfig(Section):
     docs/numerics.md and docs/evidence.md."""
     clip: Annotated[float, Field(gt=0)] = 0.05
     """Size of the clip; 0.2 suits `entry` with jsd, 0.5 `token`."""
-    normalization: Literal["token", "sequence"] = "token"
-    """Mean over all response tokens of the global batch, or mean of the sequences' means."""
+    normalization: Literal["token", "sequence", "constant"] = "token"
+    """Mean over all response tokens of the global batch; mean of the sequences' means; or `constant`, mean of the
+    sequences' sums over the longest response that the limits allow."""
+    position_weights: Literal["even", "rising", "falling"] = "even"
+    """Weigh a response's tokens by their place, linearly, with mean 1."""
+    entropy_share: Fraction = 1.0
+    """Learn only from this share of the tokens: those of which the student is least sure. Which entropy is enough comes
+    from the step before; the first step keeps all."""
     importance_cap: Annotated[float, Field(gt=0)] | None = None
-    """For loss `sampled_token`: weigh each token by the student's probability over vLLM's, capped here. Off by
-    default."""
+    """For policy gradients: weigh each token by the student's probability over vLLM's, capped here. Off by default."""
     allow_biased_sampling: bool = False
-    """Let loss `sampled_token` learn from responses that were sampled from another distribution than its own."""
+    """Let a policy gradient learn from responses that were sampled from another distribution than its own."""
     chunk_size: Positive = 2048
     """Tokens whose logits exist at one time."""
 
@@ -287,6 +172,15 @@ class OptimConfig(Section):
         return self
 
 
+class CurriculumConfig(Section):
+    window: Fraction = 0.25
+    """Share of the problems, the easiest ones, that steps draw from at first."""
+    growth: Fraction = 0.25
+    """How much the window grows, as a share of all problems."""
+    accuracy: Annotated[float, Field(ge=0, lt=1)] = 0.7
+    """The window grows where the share of right responses, in a mean of five steps, exceeds this."""
+
+
 class TrainConfig(Section):
     steps: Positive = 100
     """Optimizer steps of the run."""
@@ -298,6 +192,8 @@ class TrainConfig(Section):
     """Put sequences one after the other without padding; needs nemo-toolkit."""
     seed: NonNegative = 0
     """Seed of the sampler and of every rollout."""
+    curriculum: CurriculumConfig | None = None
+    """Easy problems first ([train.curriculum]): by data.difficulty_column, or by the student's measured pass rates."""
 
 
 class CheckpointConfig(Section):
@@ -397,113 +293,3 @@ class EvaluateConfig(Section):
     """Default: rollout.max_response_tokens."""
     answer_check: Literal["math_verify", "exact"] = "math_verify"
     """How an answer is compared with the reference."""
-
-
-class Config(Section):
-    model: ModelConfig
-    """[model]"""
-    data: DataConfig
-    """[data]"""
-    method: MethodConfig = OpsdConfig()
-    """[method]"""
-    teacher: TeacherConfig = TeacherConfig()
-    """[teacher]"""
-    parallel: ParallelConfig = ParallelConfig()
-    """[parallel]"""
-    prompts: PromptsConfig = PromptsConfig()
-    """[prompts]"""
-    rollout: RolloutConfig = RolloutConfig()
-    """[rollout]"""
-    objective: ObjectiveConfig = ObjectiveConfig()
-    """[objective]"""
-    optim: OptimConfig = OptimConfig()
-    """[optim]"""
-    train: TrainConfig = TrainConfig()
-    """[train]"""
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    """[checkpoint]"""
-    guards: GuardsConfig = GuardsConfig()
-    """[guards]"""
-    timeouts: TimeoutsConfig = TimeoutsConfig()
-    """[timeouts]"""
-    logging: LoggingConfig = LoggingConfig()
-    """[logging]"""
-    evaluate: EvaluateConfig = EvaluateConfig()
-    """[evaluate]"""
-
-    @property
-    def needs_engine(self) -> bool:
-        """Whether the run writes responses: in its steps, or for evaluations."""
-        return self.method.writes_rollouts or self.evaluate.interval > 0
-
-    @property
-    def teacher_kind(self) -> Literal["frozen", "live", "ema"] | None:
-        """The teacher of a method that has one."""
-        return self.teacher.kind if self.method.has_teacher else None
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        size, samples = self.train.global_batch_size, self.rollout.samples_per_prompt
-        if size % samples:
-            raise ValueError(f"rollout.samples_per_prompt = {samples} does not divide train.global_batch_size = {size}")
-        if size % self.train.micro_batch_size:
-            micro = self.train.micro_batch_size
-            raise ValueError(f"train.micro_batch_size = {micro} does not divide train.global_batch_size = {size}")
-        self._check_lengths()
-        self._check_method()
-        if self.evaluate.interval and not self.evaluate.data:
-            raise ValueError(
-                "evaluate.interval is on but evaluate.data.path is missing; set it or evaluate.interval = 0"
-            )
-        return self
-
-    def _check_lengths(self) -> None:
-        """Refuse lengths with which no token would be trained on, or every step would be beyond a guard."""
-        skip, limit = self.prompts.skip_first_tokens, self.rollout.max_response_tokens
-        written, name = limit, "rollout.max_response_tokens"
-        if not self.method.writes_rollouts:
-            written, name = self.data.max_solution_tokens, "data.max_solution_tokens"
-        if skip >= written:
-            raise ValueError(
-                f"prompts.skip_first_tokens = {skip} leaves nothing of {name} = {written} to train on; lower it"
-            )
-        shortest = self.guards.min_response_length
-        if shortest is not None and shortest > limit:
-            raise ValueError(
-                f"guards.min_response_length = {shortest:g} exceeds rollout.max_response_tokens = {limit}, so that "
-                "every step is beyond it; lower it"
-            )
-
-    def _check_method(self) -> None:
-        """Refuse combinations that could teach nothing, or not what they say."""
-        method, rollout, objective = self.method, self.rollout, self.objective
-        if isinstance(method, SftConfig):
-            if self.teacher != TeacherConfig():
-                raise ValueError("method.kind = 'sft' has no teacher; remove the settings of [teacher]")
-            if rollout.samples_per_prompt > 1:
-                raise ValueError("method.kind = 'sft' samples nothing; remove rollout.samples_per_prompt")
-        if isinstance(method, OpsdConfig):
-            if method.context == "shuffled" and self.train.global_batch_size == rollout.samples_per_prompt:
-                raise ValueError("method.context = 'shuffled' needs two problems a step; raise train.global_batch_size")
-            if self.teacher.kind != "frozen" and method.context == "nothing":
-                raise ValueError(
-                    f"teacher.kind = '{self.teacher.kind}' with method.context = 'nothing' compares the student with "
-                    "itself; change one"
-                )
-            if not method.train_on:
-                raise ValueError("method.train_on = []: nothing would be learned; name a grade")
-        if self.teacher.kind == "live" and self.teacher.placement == "offload":
-            raise ValueError("teacher.kind = 'live' has no weights of its own; remove teacher.placement")
-        sampled = isinstance(method, OpsdConfig) and method.loss == "sampled_token"
-        if objective.importance_cap is not None and not (sampled and objective.temperature == 1):
-            raise ValueError(
-                "objective.importance_cap needs method.loss = 'sampled_token' and objective.temperature = 1.0, the "
-                "temperature of vLLM's log-probs; remove it"
-            )
-        same = rollout.temperature == objective.temperature and rollout.top_p == 1 and rollout.top_k == -1
-        if sampled and not (same or objective.allow_biased_sampling):
-            raise ValueError(
-                "method.loss = 'sampled_token' is biased unless responses come from the distribution that learns; set "
-                f"rollout.temperature = {objective.temperature}, rollout.top_p = 1.0 and rollout.top_k = -1, or "
-                "objective.allow_biased_sampling = true"
-            )
