@@ -94,7 +94,7 @@ class Trainer:
         samples = self.method.samples(groups)
         if not samples:
             return self._learn_nothing(groups, clock)
-        batch = self._build_batch(samples)
+        batch = build_batch(samples, config, self.prompts, self.layout.dp_group.size())
         if batch.is_empty:
             return self._learn_nothing(groups, clock)
         dp = self.layout.dp_group
@@ -227,27 +227,6 @@ class Trainer:
         checkpoint.load(path, self.student.model_chunks, self.optimizer, self.teacher)
         self.schedule.step(self.progress.step)
 
-    def _build_batch(self, samples: list[Sample]) -> Batch:
-        sizes, train = self.config.parallel, self.config.train
-        micro_batch_size = 1 if train.packing else train.micro_batch_size
-        return Batch(
-            fill_up(samples, self.layout.dp_group.size() * micro_batch_size),
-            self._weighting(),
-            multiple=sizes.tensor_model_parallel_size if sizes.sequence_parallel else 1,
-            one_length=sizes.pipeline_model_parallel_size > 1,
-            packing=train.packing,
-        )
-
-    def _weighting(self) -> Weighting:
-        objective, prompts = self.config.objective, self.prompts
-        return Weighting(
-            objective.normalization,
-            self.config.longest_response,
-            objective.position_weights,
-            prompts.untrained_at_start,
-            prompts.trains_on_end_of_turn or not self.config.method.has_teacher,
-        )
-
     def _count_step(self, groups: list[Group]) -> None:
         self.sampler.update(groups)
         self.progress.step += 1
@@ -284,6 +263,26 @@ class Trainer:
             "tokens_per_second": learned["tokens"] / seconds["seconds_total"],
             "memory_peak_gib": self.memory.peak_gib(),
         }
+
+
+def build_batch(samples: list[Sample], config: Config, prompts: PromptBuilder, dp_size: int) -> Batch:
+    """The global batch of a step, filled up to what the layout needs."""
+    sizes, train = config.parallel, config.train
+    micro_batch_size = 1 if train.packing else train.micro_batch_size
+    weighting = Weighting(
+        config.objective.normalization,
+        config.longest_response,
+        config.objective.position_weights,
+        prompts.untrained_at_start if config.method.has_teacher else prompts.skip_first_tokens,
+        prompts.trains_on_end_of_turn or not config.method.has_teacher,
+    )
+    return Batch(
+        fill_up(samples, dp_size * micro_batch_size),
+        weighting,
+        multiple=sizes.tensor_model_parallel_size if sizes.sequence_parallel else 1,
+        one_length=sizes.pipeline_model_parallel_size > 1,
+        packing=train.packing,
+    )
 
 
 def measure_answers(groups: Sequence[Group]) -> dict[str, float]:
