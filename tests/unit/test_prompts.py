@@ -1,11 +1,13 @@
-"""Prompts under the chat template that Qwen3 is published with, on the arithmetic example's small tokenizer."""
+"""Prompts under the tokenizer and the chat template of Qwen3, and under those of the arithmetic example."""
 
+import copy
 import importlib.util
 import itertools
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase, Qwen2Tokenizer
+from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from megatron_opsd.config import Config, DataConfig, ModelConfig, PromptsConfig
 from megatron_opsd.data.prompts import STUDENT_TEMPLATE, TEACHER_TEMPLATE, PromptBuilder, build_prompts, fill
@@ -18,20 +20,43 @@ HEADER = "<|im_start|>assistant\n"
 NO_THOUGHTS = "<think>\n\n</think>\n\n"
 
 
-def qwen3_template() -> str:
-    # Read from where trl lies, without importing it: trl pulls in much that is not needed here.
-    spec = importlib.util.find_spec("trl")
+def installed(package: str, *path: str) -> Path:
+    """A file of a package, without importing it: these pull in much that is not needed here."""
+    spec = importlib.util.find_spec(package)
     assert spec is not None
     assert spec.origin is not None
-    return (Path(spec.origin).parent / "chat_templates" / "qwen3.jinja").read_text()
+    return Path(spec.origin).parent.joinpath(*path)
+
+
+@pytest.fixture(scope="module")
+def qwen3() -> PreTrainedTokenizerBase:
+    """Qwen3's tokenizer: Qwen's merges, the added tokens of Qwen3 in their order, its chat template."""
+    merges = str(installed("dashscope", "resources", "qwen.tiktoken"))
+    vocab, pairs = TikTokenConverter(merges).extract_vocab_merges_from_model(merges)
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=pairs)
+    controls = ["im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end", "quad_start"]
+    controls += ["quad_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad"]
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<|{name}|>" for name in controls]})
+    words = ["<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"]
+    words += ["<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>"]
+    tokenizer.add_tokens([AddedToken(word, special=False, normalized=False) for word in words])
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.chat_template = installed("trl", "chat_templates", "qwen3.jinja").read_text()
+    return tokenizer
+
+
+def test_it_is_the_published_tokenizer(qwen3: PreTrainedTokenizerBase) -> None:
+    """Ids that the published files have."""
+    known = {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645, "<think>": 151667}
+    assert {token: qwen3.convert_tokens_to_ids(token) for token in known} == known
+    assert len(qwen3) == 151669
+    assert qwen3.encode("<think>\n\n</think>\n\n") == [151667, 271, 151668, 271]
+    assert qwen3.encode("Problem: Find 1234.") == [31198, 25, 7379, 220, 16, 17, 18, 19, 13]
 
 
 @pytest.fixture(params=["qwen3", "arithmetic"])
-def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
-    if request.param == "qwen3":
-        tokenizer.chat_template = qwen3_template()
-    return tokenizer
+def tokenizer(request: pytest.FixtureRequest, qwen3: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    return copy.copy(qwen3) if request.param == "qwen3" else AutoTokenizer.from_pretrained(BASE)
 
 
 PAIRINGS = list(itertools.product([False, True], repeat=2))
@@ -129,10 +154,13 @@ def test_teacher_prefix_is_appended_and_never_merges_with_the_response(
     assert prefixed.student(EXAMPLE) == plain.student(EXAMPLE)
 
 
-def test_a_response_as_a_solution_has_no_thoughts(tokenizer: PreTrainedTokenizerBase) -> None:
-    builder = PromptBuilder(AutoTokenizer.from_pretrained(BASE, extra_special_tokens={}))
-    for text, shown in ((" It is 2.<|im_end|>", "It is 2."), ("It is \\boxed{2}.", "It is \\boxed{2}.")):
-        assert builder.read_response(tokenizer.encode(text, add_special_tokens=False)) == shown
+def test_a_response_as_a_solution_has_no_thoughts(qwen3: PreTrainedTokenizerBase) -> None:
+    for text, shown in (
+        (" It is 2.<|im_end|>", "It is 2."),
+        ("<think>\nOne and one?\n</think>\n\nIt is 2.<|im_end|>", "It is 2."),
+        ("<think>\nIt is 2.\n</think>\n\n<|im_end|>", "<think>\nIt is 2.\n</think>"),
+    ):
+        assert PromptBuilder(qwen3).read_response(qwen3.encode(text)) == shown
 
 
 def test_fill_replaces_placeholders_once_and_leaves_other_braces() -> None:
