@@ -3,6 +3,7 @@
 #
 #   MODEL            Hugging Face directory of the model, on a file system that all nodes see          (required)
 #   DATA             problems with worked solutions: JSONL, JSON or parquet, or a dataset of the hub   (required)
+#   RECIPE           another file of examples/ than the script's own, such as qwen3_1p7b_grpo
 #   OUT              the run's folder, on a shared file system; the same one resumes          (runs/<script's name>)
 #   VENV             a virtual environment with the package                         (.venv of the repository, if any)
 #   CONTAINER_IMAGE  instead of VENV: an image for pyxis, such as a .sqsh file of enroot

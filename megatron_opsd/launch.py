@@ -24,7 +24,9 @@ from megatron_opsd.reliability.run_dir import RunDir
 
 
 def main(recipe: str, model: str = "", problems: str = "", settings: Mapping[str, str] | None = None) -> None:
-    """Train ``examples/<recipe>.toml`` under torchrun, with MODEL, DATA and OUT from the environment.
+    """Train ``examples/<recipe>.toml`` under torchrun, with MODEL, DATA, OUT and RECIPE from the environment.
+
+    RECIPE names another file of examples/ than ``recipe``, such as that of another method.
 
     recipe, model, problems: below examples/. ``model`` is used where MODEL is not set; ``problems`` is a script that
         writes train.jsonl and test.jsonl where DATA is not set.
@@ -39,7 +41,7 @@ def main(recipe: str, model: str = "", problems: str = "", settings: Mapping[str
     overrides["data.path"] = os.environ.get("DATA", "")
     arguments = [*sys.argv[1:], *_going_on(run_dir)]
     command_line = _settings(arguments)
-    toml = str(examples / f"{recipe}.toml")
+    toml = str(examples / f"{os.environ.get('RECIPE') or recipe}.toml")
     try:
         known = {name: value for name, value in overrides.items() if value}
         check_torchrun(script, load_config(toml, known | command_line))

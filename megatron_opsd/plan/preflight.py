@@ -20,6 +20,7 @@ from megatron_opsd.errors import UserError
 from megatron_opsd.plan import contents
 from megatron_opsd.reliability import resume
 from megatron_opsd.reliability.run_dir import RunDir
+from megatron_opsd.reliability.written import WrittenFile
 from megatron_opsd.types import Example
 from megatron_opsd.weights.architecture import Architecture, read_architecture
 
@@ -62,6 +63,8 @@ def check(config: Config, world_size: int | None, train: bool = True, starts_her
     if train:
         check_places(config, run_dir)
         resume.check(config)
+        if config.method.shows_engine_solutions and not config.method.writes_rollouts:
+            WrittenFile(config).check()
     warnings = contents.check_rows(config, prompts, train)
     warnings += contents.check_turns(prompts, arch, path)
     if train and config.optim.warmup_steps >= config.train.steps:

@@ -191,24 +191,17 @@ def test_siblings_are_other_right_answers(folder: Path) -> None:
 
 
 def test_the_teacher_writes_once(folder: Path) -> None:
-    """Its responses are kept; a run that goes on in the folder takes them from there, and adds what is missing."""
+    """Its responses are kept. A run that goes on in another folder writes those of its own steps, the same ones."""
     run_dir = folder / "distill"
     settings, *records = read_jsonl(run_dir / "written.jsonl")
     assert settings["rollout.samples_per_prompt"] == 2
     rollouts = [read_jsonl(run_dir / "rollouts" / f"step_{step:06d}.jsonl") for step in (1, 2)]
-    written = {
-        index: [x["token_ids"] for x in records if x["index"] == index] for index in {x["index"] for x in records}
-    }
-    assert all(len(responses) == 2 for responses in written.values())
-    for step in rollouts:
-        assert len(step) == 8
-        assert all(x["token_ids"] in written[x["index"]] for x in step)
-    assert len(records) == 16
+    written = {x["problem"]: [y["token_ids"] for y in records if y["problem"] == x["problem"]] for x in records}
+    assert [len(responses) for responses in written.values()] == [2] * 8  # four problems a step
+    for step, problems in zip(rollouts, ([*written][:4], [*written][4:]), strict=True):
+        assert [x["token_ids"] for x in step] == [ids for problem in problems for ids in written[problem]]
     assert sum(x["grade"] == "right" for x in records) > 12  # the base can copy a solution
-    assert read_jsonl(folder / "distill" / "resumed" / "written.jsonl") == [
-        settings,
-        *(x for x in records if x["index"] in {y["index"] for y in rollouts[1]}),
-    ]
+    assert read_jsonl(run_dir / "resumed" / "written.jsonl") == [settings, *records[8:]]
     for line in RunDir(run_dir).repeatable_metrics():
         assert "refit_logprob_gap" not in line
         assert line["tokens_written"] == 0

@@ -73,8 +73,8 @@ def config_of(path: str, **sections: dict) -> Config:
     return Config.model_validate(raw | sections)
 
 
-def test_there_is_a_recipe_for_each_size() -> None:
-    assert len(RECIPES) == 7
+def test_there_is_a_recipe_for_each_size_and_each_method() -> None:
+    assert len(RECIPES) == 11
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -124,11 +124,11 @@ def test_recipe_passes_check(
     (model / "config.json").write_text(json.dumps(PUBLISHED[model.name]))
     write_headers(model)
     data.parent.mkdir()
-    data.write_text(json.dumps({"problem": "Compute 1+1.", "solution": "2"}))
+    data.write_text(json.dumps({"problem": "Compute 1+1.", "solution": r"\boxed{2}"}))
     main(command(recipe, "check"))
     assert capsys.readouterr().out.endswith("no mistakes found\n")
     # The arithmetic tokenizer has a token for each character: no real one makes longer prompts.
-    assert max_model_len(config, build_prompts(config)) <= longest_sequences(config).student
+    assert max_model_len(config, build_prompts(config)) <= longest_sequences(config).rollout
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

@@ -138,4 +138,37 @@ FILES = [
     ),
 ]
 
-ROWS = VALUES + FILES
+CURRICULUM = {"train.curriculum.window": "0.5", "data.difficulty_column": "level"}
+
+
+def difficulty(what: str, value: object, *says: str) -> Bad:
+    """A row in which the second problem's difficulty is no number."""
+    rows = [ROW | {"level": 1}, ROW | {"level": value}, ROW | {"level": 2.5}]
+    return Bad(what, ["train.jsonl:2", "column 'level'", *says], lambda inputs: inputs.rows(rows), CURRICULUM)
+
+
+def without_answers(what: str, *says: str, **settings: str) -> Bad:
+    """A row in which no problem has an answer."""
+    rows = [ROW | {"solution": "It is 2.", "answer": None}] * 4
+    return Bad(what, list(says), lambda i: i.rows(rows), {name.replace("__", "."): x for name, x in settings.items()})
+
+
+METHODS = [
+    Bad("no column with the difficulty", ["data.difficulty_column = 'level'", "choose one of"], settings=CURRICULUM),
+    difficulty("a difficulty in words", "hard", "holds str", "a number is needed"),
+    difficulty("no difficulty", None, "holds nothing", "a number is needed"),
+    difficulty("a difficulty that is no number", float("nan"), "holds nan", "a finite number is needed"),
+    difficulty("a difficulty that is true", True, "holds a truth value", "a number is needed"),
+    without_answers("star without answers", "method.kind = 'star'", "0 of 4 problems", method__kind="star"),
+    without_answers(
+        "grpo without answers",
+        "train.jsonl:1",
+        "no answer in column 'answer'",
+        method__kind="grpo",
+        objective__allow_biased_sampling="true",
+        rollout__samples_per_prompt="4",
+    ),
+    without_answers("right answers without answers", 'train_on = ["right"]', "0 of 4", method__train_on='["right"]'),
+]
+
+ROWS = VALUES + FILES + METHODS

@@ -31,7 +31,19 @@ def not_torchrun(what: str, says: list[str], **environment: str) -> Bad:
     return Bad(what, [*says, "torchrun"], command=TRAIN, environment=whole | environment)
 
 
+DISTILL = {"method.kind": "distill", "checkpoint.resume": "auto"}
+
+
+def written(what: str, says: list[str], first_line: str) -> Bad:
+    """A row in which a run has begun to write responses before its first step."""
+    return Bad(what, ["run/written.jsonl", *says], lambda i: i.write("run/written.jsonl", first_line), DISTILL)
+
+
 ROWS = [
+    left("responses that were written before the first step", "run/written.jsonl"),
+    written("responses of other settings", ["train.seed = 7", "now is 0", "--logging.run_dir"], '{"train.seed": 7}\n'),
+    written("responses without their settings", ["train.seed = None", "now is 0"], "[]\n"),
+    written("responses that are none", ["written.jsonl:1", "not valid JSON"], "hello\n"),
     Bad("a name that is too long", ["logging.run_dir", "too long"], settings={"logging.run_dir": "x" * 300}),
     Bad("a link to nowhere inside", ["run/hf", "link to nowhere"], lambda i: link(i, "hf")),
     Bad("metrics that lead nowhere", ["run/metrics.jsonl", "link to nowhere"], lambda i: link(i, "metrics.jsonl")),
