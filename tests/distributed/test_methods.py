@@ -1,18 +1,20 @@
 """Every method with every teacher and loss that makes sense: it trains, and a resumed run is the unbroken one."""
 
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 
 from megatron_opsd import cli, trainer
+from megatron_opsd.methods import distill
 from megatron_opsd.model import parallel
 from megatron_opsd.reliability.run_dir import RunDir, read_jsonl
 
 from .command_line import arguments, write_problems
 from .engine import TransformersEngine
-from .harness import run_distributed
-from .runs import assert_equal_runs, outcome, tokens
+from .harness import Ranks, run_distributed
+from .runs import Run, assert_equal_runs, outcome, tokens
 
 SETTINGS = {
     "evaluate.interval": "0",
@@ -230,3 +232,42 @@ def test_the_importance_factor_is_near_one_after_a_refit(folder: Path) -> None:
     )
     assert weighed != plain
     assert weighed == pytest.approx(plain, rel=1e-3)
+
+
+def small_blocks(command_line: list[str]) -> None:
+    """Run the command line with few problems between two writes."""
+    distill.BLOCK = 2
+    trainer.build_engine = TransformersEngine  # type: ignore[assignment]
+    cli.main(command_line)
+
+
+def test_killed_and_interrupted_while_the_teacher_writes(folder: Path, tmp_path: Path) -> None:
+    """What is written is kept; the same command goes on, and ends as the unbroken run did."""
+    settings = SETTINGS | CASES["distill"] | write_problems(folder / "data", rows=64)
+    settings |= {"logging.run_dir": str(tmp_path / "run"), "checkpoint.resume": "auto"}
+    command = arguments("train", settings)
+    written = tmp_path / "run" / "written.jsonl"
+
+    def start() -> Run:
+        return Run(tmp_path / "run", lambda: Ranks(small_blocks, 2, command))
+
+    with start() as run:
+        run.wait_until(lambda: len(read_jsonl(written)) > 4)
+        run.signal(signal.SIGKILL, rank=1)
+        assert any(run.finish()[0])
+    with written.open("a") as file:
+        file.write('{"problem": "half of a')
+    kept = read_jsonl(written)
+    with start() as run:
+        run.wait_until(lambda: len(read_jsonl(written)) > len(kept))
+        run.signal(signal.SIGTERM)
+        statuses, output = run.finish()
+        assert statuses == [0, 0], output
+        assert outcome(tmp_path / "run") == "interrupted"
+        assert not run.steps()
+    with start() as run:
+        statuses, output = run.finish()
+        assert statuses == [0, 0], output
+    assert read_jsonl(written)[: len(kept)] == kept
+    assert read_jsonl(written) == read_jsonl(folder / "distill" / "written.jsonl")
+    assert_equal_runs(tmp_path / "run", folder / "distill")
