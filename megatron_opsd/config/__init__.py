@@ -104,7 +104,7 @@ class Config(Section):
     def needs_engine(self) -> bool:
         """Whether the run writes responses: in its steps, before the first one, or for evaluations."""
         method = self.method
-        return method.writes_rollouts or method.shows_engine_solutions or self.evaluate.interval > 0
+        return method.writes_rollouts or method.writes_in_sight or self.evaluate.interval > 0
 
     @property
     def teacher_kind(self) -> Literal["frozen", "live", "ema"] | None:
@@ -120,7 +120,7 @@ class Config(Section):
     @property
     def longest_response(self) -> int:
         """Tokens of the longest response that is learned from."""
-        written = self.method.writes_rollouts or self.method.shows_engine_solutions
+        written = self.method.writes_rollouts or self.method.writes_in_sight
         return self.rollout.max_response_tokens if written else self.data.max_solution_tokens
 
     @model_validator(mode="after")
@@ -143,7 +143,7 @@ class Config(Section):
         """Refuse lengths with which no token would be trained on, or every step would be beyond a guard."""
         skip, limit = self.prompts.skip_first_tokens, self.longest_response
         name = "data.max_solution_tokens"
-        if self.method.writes_rollouts or self.method.shows_engine_solutions:
+        if self.method.writes_rollouts or self.method.writes_in_sight:
             name = "rollout.max_response_tokens"
         if skip >= limit:
             raise ValueError(
@@ -162,7 +162,7 @@ class Config(Section):
         kind = f"method.kind = {method.kind!r}"
         if not method.has_teacher and self.teacher != TeacherConfig():
             raise ValueError(f"{kind} has no teacher; remove the settings of [teacher]")
-        if not (method.writes_rollouts or method.shows_engine_solutions) and samples > 1:
+        if not (method.writes_rollouts or method.writes_in_sight) and samples > 1:
             raise ValueError(f"{kind} samples nothing here; remove rollout.samples_per_prompt")
         if isinstance(method, GrpoConfig) and samples == 1:
             raise ValueError(f"{kind} compares responses to one problem; set rollout.samples_per_prompt to 2 or more")

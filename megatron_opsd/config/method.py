@@ -27,8 +27,8 @@ class _Method(Section):
         return "nothing"
 
     @property
-    def shows_engine_solutions(self) -> bool:
-        """Whether the engine also writes with the solution in its prompt."""
+    def writes_in_sight(self) -> bool:
+        """Whether the engine also writes with the solution in sight."""
         return False
 
     @property
@@ -111,7 +111,7 @@ class StarConfig(_Method):
         return "solution" if self.rationalize else "answer"
 
     @property
-    def shows_engine_solutions(self) -> bool:
+    def writes_in_sight(self) -> bool:
         return self.rationalize
 
     @property
@@ -148,7 +148,7 @@ class DistillConfig(_Method):
         return "solution"
 
     @property
-    def shows_engine_solutions(self) -> bool:
+    def writes_in_sight(self) -> bool:
         return self.responses == "teacher"
 
 

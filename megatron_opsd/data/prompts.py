@@ -117,13 +117,18 @@ class PromptBuilder:
         return student.removeprefix(teacher) if student.startswith(teacher) else ""
 
     @cached_property
+    def openings(self) -> tuple[str, str]:
+        """How the assistant's turn begins for the student and for the teacher, up to the response."""
+        return self._opening(self.student_thinking), self._opening(self.teacher_thinking) + self.prefix
+
+    @cached_property
     def untrained_at_start(self) -> int:
         """How many of a response's first tokens are not trained on.
 
         Besides `skip_first_tokens`: a student that thinks opens its think block itself. A teacher whose template has
         closed one already does not expect that, and no prefix can change it.
         """
-        student, teacher = self._opening(self.student_thinking), self._opening(self.teacher_thinking)
+        student, teacher = self.openings
         if self.teacher_prefix is not None or student == teacher or not teacher.startswith(student):
             return self.skip_first_tokens
         opened = teacher.removeprefix(student).splitlines(keepends=True)[0]
@@ -138,8 +143,8 @@ class PromptBuilder:
         """
         if self.train_on_end_of_turn is not None:
             return self.train_on_end_of_turn
-        teacher = self._opening(self.teacher_thinking) + self.prefix
-        return _thinks(self._opening(self.student_thinking)) or not _thinks(teacher)
+        student, teacher = self.openings
+        return _thinks(student) or not _thinks(teacher)
 
     def _opening(self, thinking: bool) -> str:
         """What the chat template puts behind a user's turn: the beginning of the assistant's."""
@@ -248,7 +253,7 @@ def max_model_len(config: Config, prompts: PromptBuilder) -> int:
     nothing, data, response = Example(0, "", ""), config.data, config.rollout.max_response_tokens
     alone = len(prompts.student(nothing)) + SEAM_TOKENS
     longest = alone + data.max_problem_tokens + response
-    if config.method.shows_engine_solutions:
+    if config.method.writes_in_sight:
         template = len(prompts.with_solution(nothing)) + SEAM_TOKENS
         longest = max(longest, template + data.max_problem_tokens + data.max_solution_tokens + response)
     if config.evaluate.data:

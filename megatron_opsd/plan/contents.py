@@ -137,6 +137,19 @@ def check_turns(prompts: PromptBuilder, arch: Architecture, path: str) -> list[s
     return warnings
 
 
+def check_openings(prompts: PromptBuilder) -> list[str]:
+    """Warn where a response begins in one state on the student's side and in another on the teacher's."""
+    student, teacher = prompts.openings
+    if student == teacher:
+        return []
+    thinks = [str(switch).lower() for switch in (prompts.student_thinking, prompts.teacher_thinking)]
+    return [
+        f"prompts.student_thinking = {thinks[0]}, prompts.teacher_thinking = {thinks[1]}: a response stands behind "
+        f"{student!r} for the student and behind {teacher!r} for the teacher, which can do harm (docs/paper.md); turn "
+        "thinking on or off for both, without teacher_prefix"
+    ]
+
+
 def _as_list(value: Any) -> Any:
     return value if isinstance(value, list) else [] if value is None else [value]
 

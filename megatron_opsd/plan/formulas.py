@@ -40,7 +40,7 @@ def longest_sequences(config: Config) -> Lengths:
     response, written = config.longest_response, config.rollout.max_response_tokens
     alone = len(prompts.student_template.encode()) + CHAT_TOKENS + data.max_problem_tokens
     student, longest, teacher = alone + response, alone + written, 0
-    if config.method.shows_engine_solutions:
+    if config.method.writes_in_sight:
         shown = len(prompts.teacher_template.encode()) + CHAT_TOKENS + data.max_problem_tokens
         longest = max(longest, shown + data.max_solution_tokens + written)
     if config.teacher_kind:

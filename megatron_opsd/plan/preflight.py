@@ -63,10 +63,12 @@ def check(config: Config, world_size: int | None, train: bool = True, starts_her
     if train:
         check_places(config, run_dir)
         resume.check(config)
-        if config.method.shows_engine_solutions and not config.method.writes_rollouts:
+        if config.method.writes_in_sight and not config.method.writes_rollouts:
             WrittenFile(config).check()
     warnings = contents.check_rows(config, prompts, train)
     warnings += contents.check_turns(prompts, arch, path)
+    if train and config.method.teacher_sees != "nothing":
+        warnings += contents.check_openings(prompts)
     if train and config.optim.warmup_steps >= config.train.steps:
         warnings.append(
             f"optim.warmup_steps = {config.optim.warmup_steps} is not below train.steps = {config.train.steps}: the "

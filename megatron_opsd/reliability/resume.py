@@ -50,7 +50,7 @@ def meaning(config: Config) -> dict[str, Any]:
         unread |= {"teacher.ema_decay"}
     if not config.method.samples_tokens:
         unread |= _OF_POLICY_GRADIENTS
-    if not (config.method.has_teacher or config.method.shows_engine_solutions):
+    if not (config.method.has_teacher or config.method.writes_in_sight):
         unread |= {"prompts.teacher_template"}
     train = config.train.model_dump(mode="json", include={"seed", "curriculum"})
     settings |= {f"train.{name}": value for name, value in train.items()}

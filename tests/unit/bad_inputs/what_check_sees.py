@@ -163,6 +163,16 @@ WARNINGS = [
         ["optim.warmup_steps = 2", "train.steps = 2"],
         settings={"optim.warmup_steps": "2"},
     ),
+    Bad(
+        "a student that thinks and a teacher that does not",
+        ["student_thinking = true", "teacher_thinking = false", "<think>\\n\\n</think>", "on or off for both"],
+        settings={"prompts.student_thinking": "true"},
+    ),
+    Bad(
+        "a teacher inside of a think block",
+        ["student_thinking = false", "teacher_thinking = true", "<|im_start|>assistant\\n<think>\\n'", "can do harm"],
+        settings={"prompts.teacher_thinking": "true", "prompts.teacher_prefix": '"<think>\\n"'},
+    ),
     Bad("fewer problems than a step draws", ["draws 4 problems", "has 2"], lambda i: i.rows([ROW] * 2)),
     Bad(
         "evaluation on training data",
