@@ -137,8 +137,8 @@ def evaluate_checkpoint(config: Config, out: Path | None) -> Evaluation:
     expected = table.hf_tensors()
     reader.check(expected)
     reader.check_tied_head(table.arch)
-    engine = build_engine(config, max_model_len(config, prompts))
-    engine.update_weights(((name, reader.read(name)) for name in expected), version=0)
+    engine = build_engine(config, max_model_len(config, prompts, train=False))
+    engine.update_weights(((name, reader.read(name).to(parallel.device())) for name in expected), version=0)
     with _Progress(engine, len(examples) * (1 + config.evaluate.samples), layout.rank) as progress:
         evaluation = evaluate(engine, prompts, examples, config, progress.update)
     if layout.rank == 0:

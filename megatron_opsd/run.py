@@ -100,7 +100,7 @@ class Run:
             self.held_out = read_held_out(config.evaluate.data, prompts.tokenizer)[: config.evaluate.limit]
         examples = read_examples(config.data, prompts.tokenizer, reads=config.reads)
         if config.method.writes_rollouts:
-            check_grades(examples, config.method, config.data.path)
+            check_grades(examples, config)
         check_same_data(examples)
         sampler = build_sampler(examples, config.train)
         if resume_from:

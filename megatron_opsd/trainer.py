@@ -24,7 +24,7 @@ from megatron_opsd.reliability import checkpoint
 from megatron_opsd.reliability.resume import meaning, read_progress
 from megatron_opsd.rollout import build_engine
 from megatron_opsd.rollout.engine import NoEngine, sample_seed
-from megatron_opsd.rollout.refit import check_logprob_gap, refit
+from megatron_opsd.rollout.refit import check_logprob_gap, refit, verified
 from megatron_opsd.telemetry.metrics import Clock, is_due
 from megatron_opsd.types import Grade, Group, Phase, Progress, StepResult
 from megatron_opsd.weights.architecture import read_architecture
@@ -156,10 +156,14 @@ class Trainer:
 
     def _ready_initial_weights(self) -> None:
         """Make the engine ready to write with the weights that the run starts from."""
+        if self.progress.step == 0:  # they are the student's
+            self.ready_engine()
+            return
         if self.engine_version != INITIAL:
-            reader = HFReader(self.config.model.path)
+            reader, expected = HFReader(self.config.model.path), self.table.hf_tensors()
             self.memory.for_refit()
-            self.engine.update_weights(((name, reader.read(name)) for name in self.table.hf_tensors()), version=0)
+            weights = ((name, reader.read(name).to(parallel.device())) for name in expected)
+            self.engine.update_weights(verified(weights, expected, {}), version=0)
             self.engine_version = INITIAL
         self.memory.for_rollout()
 
@@ -217,6 +221,8 @@ class Trainer:
         now, self.progress = self.progress, read_progress(path)
         self.progress.sampler = now.sampler  # which goes on from the checkpoint, or begins with other data
         if self.config.checkpoint.allow_changes:
+            if self.progress.meaning != now.meaning:
+                self.progress.entropy_threshold = None  # of another loss, perhaps
             self.progress.teacher, self.progress.meaning = now.teacher, now.meaning
         elif self.progress.teacher != now.teacher:
             raise UserError(
@@ -269,12 +275,12 @@ def build_batch(samples: list[Sample], config: Config, prompts: PromptBuilder, d
     """The global batch of a step, filled up to what the layout needs."""
     sizes, train = config.parallel, config.train
     micro_batch_size = 1 if train.packing else train.micro_batch_size
+    skip, trains_on_end = prompts.skip_first_tokens, prompts.train_on_end_of_turn is not False
+    if config.method.teacher_sees != "nothing":  # else no turn begins or ends otherwise than the student's
+        trains_on_end = prompts.trains_on_end_of_turn
+        skip = prompts.untrained_at_start if config.method.samples_responses else skip
     weighting = Weighting(
-        config.objective.normalization,
-        config.longest_response,
-        config.objective.position_weights,
-        prompts.untrained_at_start if config.method.has_teacher else prompts.skip_first_tokens,
-        prompts.trains_on_end_of_turn or not config.method.has_teacher,
+        config.objective.normalization, config.longest_response, config.objective.position_weights, skip, trains_on_end
     )
     return Batch(
         fill_up(samples, dp_size * micro_batch_size),

@@ -60,8 +60,7 @@ class Grade(StrEnum):
 class Group:
     """One problem, the student's prompt as token ids, and its responses with their grades.
 
-    `solution_in_sight`: these responses were written with the solution in the prompt; the student is not judged by
-    them.
+    `solution_in_sight`: who wrote these responses saw the solution; the student is not judged by them.
     """
 
     example: Example

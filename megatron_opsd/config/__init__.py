@@ -103,8 +103,7 @@ class Config(Section):
     @property
     def needs_engine(self) -> bool:
         """Whether the run writes responses: in its steps, before the first one, or for evaluations."""
-        method = self.method
-        return method.writes_rollouts or method.writes_in_sight or self.evaluate.interval > 0
+        return self.method.samples_responses or self.evaluate.interval > 0
 
     @property
     def teacher_kind(self) -> Literal["frozen", "live", "ema"] | None:
@@ -120,8 +119,18 @@ class Config(Section):
     @property
     def longest_response(self) -> int:
         """Tokens of the longest response that is learned from."""
-        written = self.method.writes_rollouts or self.method.writes_in_sight
-        return self.rollout.max_response_tokens if written else self.data.max_solution_tokens
+        own = self.method.samples_responses
+        return self.rollout.max_response_tokens if own else self.data.max_solution_tokens
+
+    @property
+    def problems_per_step(self) -> int:
+        """Problems that a step draws."""
+        return self.train.global_batch_size // self.rollout.samples_per_prompt
+
+    @property
+    def reads_grades(self) -> bool:
+        """Whether it matters for the training which responses are right."""
+        return self.method.reads_grades or self.train.curriculum is not None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -142,18 +151,16 @@ class Config(Section):
     def _check_lengths(self) -> None:
         """Refuse lengths with which no token would be trained on, or every step would be beyond a guard."""
         skip, limit = self.prompts.skip_first_tokens, self.longest_response
-        name = "data.max_solution_tokens"
-        if self.method.writes_rollouts or self.method.writes_in_sight:
-            name = "rollout.max_response_tokens"
+        name = "rollout.max_response_tokens" if self.method.samples_responses else "data.max_solution_tokens"
         if skip >= limit:
             raise ValueError(
                 f"prompts.skip_first_tokens = {skip} leaves nothing of {name} = {limit} to train on; lower it"
             )
         shortest = self.guards.min_response_length
-        if shortest is not None and shortest > self.rollout.max_response_tokens:
+        if shortest is not None and shortest > limit:
             raise ValueError(
-                f"guards.min_response_length = {shortest:g} exceeds rollout.max_response_tokens = "
-                f"{self.rollout.max_response_tokens}, so that every step is beyond it; lower it"
+                f"guards.min_response_length = {shortest:g} exceeds {name} = {limit}, so that every step is beyond it; "
+                "lower it"
             )
 
     def _check_method(self) -> None:
@@ -162,7 +169,7 @@ class Config(Section):
         kind = f"method.kind = {method.kind!r}"
         if not method.has_teacher and self.teacher != TeacherConfig():
             raise ValueError(f"{kind} has no teacher; remove the settings of [teacher]")
-        if not (method.writes_rollouts or method.writes_in_sight) and samples > 1:
+        if not method.samples_responses and samples > 1:
             raise ValueError(f"{kind} samples nothing here; remove rollout.samples_per_prompt")
         if isinstance(method, GrpoConfig) and samples == 1:
             raise ValueError(f"{kind} compares responses to one problem; set rollout.samples_per_prompt to 2 or more")
@@ -204,10 +211,11 @@ class Config(Section):
         """Policy gradients are of the distribution that was sampled from."""
         rollout, objective = self.rollout, self.objective
         sampled = "method.loss = 'sampled_token'" if isinstance(method, OpsdConfig) else "method.kind = 'grpo'"
-        if objective.importance_cap is not None and not (method.samples_tokens and objective.temperature == 1):
+        unit = objective.temperature == rollout.temperature == 1
+        if objective.importance_cap is not None and not (method.samples_tokens and unit):
             raise ValueError(
                 "objective.importance_cap needs method.loss = 'sampled_token' or method.kind = 'grpo', and "
-                "objective.temperature = 1.0, the temperature of vLLM's log-probs; remove it"
+                "objective.temperature = rollout.temperature = 1.0, the temperature of vLLM's log-probs; remove it"
             )
         same = rollout.temperature == objective.temperature and rollout.top_p == 1 and rollout.top_k == -1
         if method.samples_tokens and not (same or objective.allow_biased_sampling):

@@ -32,6 +32,16 @@ class _Method(Section):
         return False
 
     @property
+    def samples_responses(self) -> bool:
+        """Whether what is learned from is the model's own, be it the student's or the teacher's."""
+        return self.writes_rollouts or self.writes_in_sight
+
+    @property
+    def reads_grades(self) -> bool:
+        """Whether it matters which responses are right."""
+        return set(self.learns_from) != set(Grade)
+
+    @property
     def samples_tokens(self) -> bool:
         """Whether the loss is a policy gradient, which is unbiased only for tokens of its own distribution."""
         return False
@@ -71,6 +81,10 @@ class OpsdConfig(_Method):
         return self.context if self.context in ("nothing", "answer") else "solution"
 
     @property
+    def reads_grades(self) -> bool:
+        return self.context == "sibling" or super().reads_grades
+
+    @property
     def samples_tokens(self) -> bool:
         return self.loss == "sampled_token"
 
@@ -92,6 +106,10 @@ class GrpoConfig(_Method):
     @property
     def reads(self) -> Reads:
         return "answer"
+
+    @property
+    def reads_grades(self) -> bool:
+        return True
 
     @property
     def samples_tokens(self) -> bool:

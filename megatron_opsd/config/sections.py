@@ -126,7 +126,7 @@ class ObjectiveConfig(Section):
     """Weigh a response's tokens by their place, linearly, with mean 1."""
     entropy_share: Fraction = 1.0
     """Learn only from this share of the tokens: those of which the student is least sure. Which entropy is enough comes
-    from the step before; the first step keeps all."""
+    from the step before; the first step keeps all. The mean is over what is kept (`constant`: as without)."""
     importance_cap: Annotated[float, Field(gt=0)] | None = None
     """For policy gradients: weigh each token by the student's probability over vLLM's, capped here. Off by default."""
     allow_biased_sampling: bool = False
@@ -210,7 +210,8 @@ class CheckpointConfig(Section):
     """`never`, `auto` (the newest complete checkpoint of the run directory, if any) or a checkpoint's directory."""
     allow_changes: bool = False
     """Go on although [method], [teacher], [prompts], [objective], train.seed, the data or the model have changed since
-    the checkpoint. Changed data, or another seed, begin a new order of the problems."""
+    the checkpoint. Changed data, or another seed, begin a new order of the problems. Responses that `distill` has kept
+    in the run's folder must still have been written with its settings."""
     export_hf: bool = True
     """Write the trained model as a Hugging Face directory at the end."""
 

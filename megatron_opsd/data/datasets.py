@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from megatron_opsd.config import DataConfig, MethodConfig, OpsdConfig, Reads
+from megatron_opsd.config import Config, DataConfig, OpsdConfig, Reads
 from megatron_opsd.data import values
 from megatron_opsd.data.grading import reference_answer
 from megatron_opsd.data.rows import read_rows
@@ -82,22 +82,24 @@ def check_data(config: DataConfig, section: str = "data", reads: Reads = "soluti
     return examples, len(examples) < limit
 
 
-def check_grades(examples: Sequence[Example], method: MethodConfig, path: str) -> None:
-    """Raise `UserError` where no response to any of the examples could get a grade that the method learns from."""
+def check_grades(examples: Sequence[Example], config: Config) -> None:
+    """Raise `UserError` where grades matter and no response to any of the examples could get one that helps."""
+    method, path = config.method, config.data.path
     answered = sum(example.answer is not None for example in examples)
+    found, remedy = f"{answered} of {len(examples)} problems of {path} have an answer", "set data.answer_column"
     possible = set[Grade]()
     if answered:
         possible |= {Grade.RIGHT, Grade.WRONG, Grade.UNFINISHED}
     if answered < len(examples):
         possible.add(Grade.UNKNOWN)
+    setting = f"method.kind = {method.kind!r}"
+    if isinstance(method, OpsdConfig):
+        setting = f"method.train_on = {json.dumps(method.train_on)}"
     if not possible & set(method.learns_from):
-        setting = f"method.kind = {method.kind!r}"
-        if isinstance(method, OpsdConfig):
-            setting = f"method.train_on = {json.dumps(method.train_on)}"
-        raise UserError(
-            f"{setting}: {answered} of {len(examples)} problems of {path} have an answer, so no response gets a grade "
-            "to learn from; set data.answer_column, or other grades"
-        )
+        raise UserError(f"{setting}: {found}, so no response gets a grade to learn from; {remedy}, or other grades")
+    if config.reads_grades and not answered:
+        setting = "train.curriculum" if config.train.curriculum else "method.context = 'sibling'"
+        raise UserError(f"{setting}: {found}, so no response can be right; {remedy}, or remove it")
 
 
 @dataclass(frozen=True)

@@ -248,12 +248,15 @@ def _check_tokenizer_files(model: Path) -> None:
         read_text(model / "chat_template.jinja", remedy)
 
 
-def max_model_len(config: Config, prompts: PromptBuilder) -> int:
-    """Tokens of the longest prompt and response that the limits allow the engine, in training and evaluation."""
+def max_model_len(config: Config, prompts: PromptBuilder, train: bool = True) -> int:
+    """Tokens of the longest prompt and response that the limits allow the engine, in training and evaluation.
+
+    train: False for an evaluation alone.
+    """
     nothing, data, response = Example(0, "", ""), config.data, config.rollout.max_response_tokens
     alone = len(prompts.student(nothing)) + SEAM_TOKENS
     longest = alone + data.max_problem_tokens + response
-    if config.method.writes_in_sight:
+    if train and config.method.writes_in_sight:
         template = len(prompts.with_solution(nothing)) + SEAM_TOKENS
         longest = max(longest, template + data.max_problem_tokens + data.max_solution_tokens + response)
     if config.evaluate.data:

@@ -28,7 +28,7 @@ EPSILON = 1e-4
 class GRPO(Method):
     def __init__(self, config: Config, method: GrpoConfig, sampler: Sampler, writer: Writer) -> None:
         self._method, self._sampler, self._writer = method, sampler, writer
-        self._problems = config.train.global_batch_size // config.rollout.samples_per_prompt
+        self._problems = config.problems_per_step
         self.loss: TokenLoss = policy_gradient(config, "given")
 
     def collect(self, step: int, should_abort: Callable[[], bool]) -> list[Group]:

@@ -27,7 +27,7 @@ class OPSD(Method):
     def __init__(self, config: Config, method: OpsdConfig, sampler: Sampler, writer: Writer) -> None:
         self._method, self._sampler, self._writer, self._prompts = method, sampler, writer, writer.prompts
         self._seed = config.train.seed
-        self._problems = config.train.global_batch_size // config.rollout.samples_per_prompt
+        self._problems = config.problems_per_step
         self.loss: TokenLoss = divergence(config) if method.loss == "divergence" else policy_gradient(config, "teacher")
 
     def collect(self, step: int, should_abort: Callable[[], bool]) -> list[Group]:

@@ -27,7 +27,7 @@ class STaR(Method):
     def __init__(self, config: Config, method: StarConfig, sampler: Sampler, writer: Writer) -> None:
         self._method, self._sampler, self._writer = method, sampler, writer
         self._seed, self._responses = config.train.seed, config.train.global_batch_size
-        self._problems = config.train.global_batch_size // config.rollout.samples_per_prompt
+        self._problems = config.problems_per_step
         self.loss: TokenLoss = log_likelihood(config)
 
     def collect(self, step: int, should_abort: Callable[[], bool]) -> list[Group]:

@@ -1,5 +1,6 @@
 """What a run's inputs hold, looked at before the start: weights' headers, the tokenizer, prompts as rendered, rows."""
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,12 +57,14 @@ def check_rows(config: Config, prompts: PromptBuilder, train: bool) -> list[str]
         if all_of_it:
             _check_limits(config, prompts, train_on)
             if config.method.writes_rollouts:
-                check_grades(train_on, config.method, config.data.path)
-        drawn = config.train.global_batch_size // config.rollout.samples_per_prompt
-        if all_of_it and len(train_on) < drawn:
+                check_grades(train_on, config)
+        curriculum, drawn = config.train.curriculum, config.problems_per_step
+        there = math.ceil(len(train_on) * (curriculum.window if curriculum else 1))
+        if all_of_it and there < drawn:
+            where = f"train.curriculum.window = {curriculum.window:g} of " if curriculum else ""
             warnings.append(
                 f"a step draws {drawn} problems (train.global_batch_size / rollout.samples_per_prompt), and "
-                f"{config.data.path} has {len(train_on)}: a step sees some of them several times"
+                f"{where}{config.data.path} has {there}: a step sees some of them several times"
             )
     if config.evaluate.data:
         held_out = check_data(config.evaluate.data, "evaluate.data", "answer")[0][: config.evaluate.limit]

@@ -57,7 +57,7 @@ def check(config: Config, world_size: int | None, train: bool = True, starts_her
     contents.check_tokenizer(prompts, arch, path)
     check_lengths(config, arch, prompts, train)
     if colocated and (starts_here or "kv_cache_gib" in config.rollout.model_fields_set):
-        check_kv_cache(config, arch, max_model_len(config, prompts))
+        check_kv_cache(config, arch, max_model_len(config, prompts, train))
     run_dir = RunDir(config.logging.run_dir)
     run_dir.check()
     if train:
@@ -249,7 +249,7 @@ def check_guards(config: Config, arch: Architecture) -> None:
 def check_lengths(config: Config, arch: Architecture, prompts: PromptBuilder, train: bool) -> None:
     """Check the longest sequences against the model's positions."""
     nothing, data = Example(0, "", "", ""), config.data
-    longest = {"student": max_model_len(config, prompts) if config.needs_engine or not train else 0}
+    longest = {"student": max_model_len(config, prompts, train) if config.needs_engine or not train else 0}
     beside = data.max_problem_tokens + config.longest_response + SEAM_TOKENS
     if train:
         longest["student"] = max(longest["student"], len(prompts.student(nothing)) + beside)

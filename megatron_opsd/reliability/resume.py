@@ -16,15 +16,7 @@ PROGRESS = "progress.json"
 
 # What a run learns, apart from its data and its model, which are compared by their contents.
 _MEANING = {"method", "teacher", "prompts", "objective"}
-_ONLY_MEMORY = {"teacher.placement", "objective.chunk_size"}
-_OF_A_TEACHER = {"prompts.answer_template", "prompts.teacher_thinking", "prompts.teacher_prefix"} | {
-    "prompts.train_on_end_of_turn",
-    "objective.kind",
-    "objective.beta",
-    "objective.clip_mode",
-    "objective.clip",
-}
-_OF_POLICY_GRADIENTS = {"objective.importance_cap", "objective.allow_biased_sampling"}
+_OF_A_DIVERGENCE = ("kind", "beta", "clip_mode", "clip")
 
 
 class _Progress(BaseModel):
@@ -43,18 +35,29 @@ class _Progress(BaseModel):
 
 def meaning(config: Config) -> dict[str, Any]:
     """The settings that a run must keep to stay the same training, by their dotted names."""
-    sections = config.model_dump(mode="json", include=_MEANING - (set() if config.teacher_kind else {"teacher"}))
+    sections = config.model_dump(mode="json", include=_MEANING)
+    sections["train"] = config.train.model_dump(mode="json", include={"seed", "curriculum"})
+    sections["evaluate"] = config.evaluate.model_dump(mode="json", include={"answer_check"})
     settings = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
-    unread = _ONLY_MEMORY | (set() if config.teacher_kind else _OF_A_TEACHER)
-    if config.teacher_kind != "ema":
-        unread |= {"teacher.ema_decay"}
-    if not config.method.samples_tokens:
-        unread |= _OF_POLICY_GRADIENTS
-    if not (config.method.has_teacher or config.method.writes_in_sight):
-        unread |= {"prompts.teacher_template"}
-    train = config.train.model_dump(mode="json", include={"seed", "curriculum"})
-    settings |= {f"train.{name}": value for name, value in train.items()}
-    return {name: value for name, value in settings.items() if name not in unread}
+    return {name: value for name, value in settings.items() if name not in _unread(config)}
+
+
+def _unread(config: Config) -> set[str]:
+    """Settings that change nothing of what this run learns."""
+    method, names = config.method, {"teacher.placement", "objective.chunk_size"}
+    sees = method.teacher_sees
+    for is_read, some in (
+        (method.has_teacher, {"teacher.kind"}),
+        (config.teacher_kind == "ema", {"teacher.ema_decay"}),
+        (sees != "nothing", {"prompts.teacher_thinking", "prompts.teacher_prefix"}),
+        (sees == "answer", {"prompts.answer_template"}),
+        (sees == "solution" or method.writes_in_sight, {"prompts.teacher_template"}),
+        (method.has_teacher and not method.samples_tokens, {f"objective.{name}" for name in _OF_A_DIVERGENCE}),
+        (method.samples_tokens, {"objective.importance_cap", "objective.allow_biased_sampling"}),
+        (config.reads_grades, {"evaluate.answer_check"}),
+    ):
+        names |= set() if is_read else some
+    return names
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

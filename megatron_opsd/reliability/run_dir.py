@@ -44,7 +44,7 @@ class RunDir:
 
     def contents(self) -> list[str]:
         """What a run has left in the folder that another one would replace or mix with its own."""
-        files = [file for file in (self.metrics, self.evaluations, self.written) if complete_lines(file)]
+        files = [file for file in (self.metrics, self.evaluations, self.written) if _has_a_line(file)]
         folders = [self.checkpoints, self.skipped, self.rollouts(0).parent]
         left = [*files, *(folder for folder in folders if folder.is_dir() and any(folder.iterdir()))]
         return [path.name for path in (*left, self.hf) if path.exists()]
@@ -142,6 +142,13 @@ def complete_lines(file: Path) -> list[str]:
     # Not str.splitlines, which also splits at characters that JSON does not escape.
     with file.open(errors="replace") as lines:
         return [line for line in lines if line.endswith("\n")]
+
+
+def _has_a_line(file: Path) -> bool:
+    if not file.exists():
+        return False
+    with file.open(errors="replace") as lines:
+        return next(lines, "").endswith("\n")
 
 
 def read_jsonl(file: Path) -> list[dict[str, Any]]:

@@ -4,7 +4,8 @@ import hashlib
 import json
 from array import array
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -14,7 +15,16 @@ from megatron_opsd.files import excerpt, parse_json
 from megatron_opsd.reliability.run_dir import RunDir, complete_lines
 from megatron_opsd.types import Example, Grade, Rollout
 
-Responses = dict[str, list[tuple["array[int]", str]]]  # by problem: token ids, compact, and the finish reason
+Responses = dict[str, list["Response"]]  # by problem
+SAMPLES, SAMPLE_BYTES = 16, 4096  # of each file of weights, to tell models apart
+
+
+class Response(NamedTuple):
+    """A response, compact."""
+
+    token_ids: "array[int]"
+    finish_reason: str
+    grade: Grade
 
 
 class _Record(BaseModel):
@@ -44,18 +54,27 @@ class WrittenFile:
             "prompts.student_thinking": config.prompts.student_thinking,
             **{f"rollout.{name}": getattr(config.rollout, name) for name in names},
         }
+        self._model = Path(config.model.path)
 
     def check(self) -> None:
-        """Check the settings of the file, if there is one."""
-        if lines := complete_lines(self._file):
-            settings = parse_json(lines[0], f"{self._file}:1")
-            for name, now in self._settings.items():
-                before = settings.get(name) if isinstance(settings, dict) else None
-                if before != now:
-                    raise UserError(
-                        f"{self._file}: was written with {name} = {excerpt(before)}, which now is {excerpt(now)}; give "
-                        "the first value, or choose another --logging.run_dir"
-                    )
+        """Check the settings and the model of the file, if there is one."""
+        if not self._file.exists():
+            return
+        with self._file.open(errors="replace") as lines:
+            first = next(lines, "")
+        if not first.endswith("\n"):  # a run was killed before it wrote anything
+            return
+        settings = parse_json(first, f"{self._file}:1")
+        for name, now in self._identity().items():
+            before = settings.get(name) if isinstance(settings, dict) else None
+            if before != now:
+                raise UserError(
+                    f"{self._file}: was written with {name} = {excerpt(before)}, which now is {excerpt(now)}; give the "
+                    "first value, or choose another --logging.run_dir"
+                )
+
+    def _identity(self) -> dict[str, Any]:
+        return self._settings | {"the model": fingerprint(self._model)}
 
     def read(self) -> Responses:
         """What is there. A problem that a killed run has left half-written is taken out of the file."""
@@ -67,15 +86,20 @@ class WrittenFile:
         records = [self._parse(number, line) for number, line in enumerate(lines[1:], start=2)]
         found: Responses = {}
         for record in records:
-            found.setdefault(record.problem, []).append((array("i", record.token_ids), record.finish_reason))
+            response = Response(array("i", record.token_ids), record.finish_reason, record.grade)
+            found.setdefault(record.problem, []).append(response)
         whole = {problem: responses for problem, responses in found.items() if len(responses) == self._k}
         kept = [line for line, record in zip(lines[1:], records, strict=True) if record.problem in whole]
-        self._file.write_text("".join([lines[0], *kept]))
+        text = "".join([lines[0], *kept])
+        if len(text.encode()) != self._file.stat().st_size:
+            staging = self._file.with_name(f".{self._file.name}")
+            staging.write_text(text)
+            staging.rename(self._file)
         return whole
 
     def append(self, examples: Sequence[Example], rollouts: Sequence[Rollout], grades: Sequence[Grade]) -> None:
         """Add the responses to some problems."""
-        lines = [] if self._file.exists() else [json.dumps(self._settings)]
+        lines = [] if self._file.exists() else [json.dumps(self._identity())]
         for example, rollout, grade in zip(examples, rollouts, grades, strict=True):
             record = _Record(
                 problem=digest(example), token_ids=rollout.token_ids, finish_reason=rollout.finish_reason, grade=grade
@@ -92,6 +116,21 @@ class WrittenFile:
                 f"{self._file}:{number}: is no response that a run has written; delete the file, and its responses are "
                 "written again"
             ) from None
+
+
+def fingerprint(model: Path) -> str:
+    """Tells models apart without reading all of them: config, tokenizer, and a few bytes of the weights."""
+    found = hashlib.sha256()
+    for name in ("config.json", "tokenizer.json"):
+        found.update((model / name).read_bytes() if (model / name).exists() else b"")
+    for file in sorted(model.glob("*.safetensors")):
+        size = file.stat().st_size
+        found.update(f"{file.name} {size}".encode())
+        with file.open("rb") as weights:
+            for sample in range(SAMPLES):
+                weights.seek(size * sample // SAMPLES)
+                found.update(weights.read(SAMPLE_BYTES))
+    return found.hexdigest()[:16]
 
 
 def digest(example: Example) -> str:

@@ -7,14 +7,13 @@ from pathlib import Path
 import pytest
 
 from megatron_opsd import cli, trainer
-from megatron_opsd.methods import distill
 from megatron_opsd.model import parallel
 from megatron_opsd.reliability.run_dir import RunDir, read_jsonl
 
 from .command_line import arguments, write_problems
 from .engine import TransformersEngine
-from .harness import Ranks, run_distributed
-from .runs import Run, assert_equal_runs, outcome, tokens
+from .harness import run_distributed
+from .runs import assert_equal_runs, outcome, start, tokens
 
 SETTINGS = {
     "evaluate.interval": "0",
@@ -206,6 +205,8 @@ def test_the_teacher_writes_once(folder: Path) -> None:
     assert read_jsonl(run_dir / "resumed" / "written.jsonl") == [settings, *records[8:]]
     for line in RunDir(run_dir).repeatable_metrics():
         assert "refit_logprob_gap" not in line
+        assert "accuracy" not in line
+        assert line["accuracy_in_sight"] > 0.6
         assert line["tokens_written"] == 0
 
 
@@ -234,38 +235,27 @@ def test_the_importance_factor_is_near_one_after_a_refit(folder: Path) -> None:
     assert weighed == pytest.approx(plain, rel=1e-3)
 
 
-def small_blocks(command_line: list[str]) -> None:
-    """Run the command line with few problems between two writes."""
-    distill.BLOCK = 2
-    trainer.build_engine = TransformersEngine  # type: ignore[assignment]
-    cli.main(command_line)
-
-
 def test_killed_and_interrupted_while_the_teacher_writes(folder: Path, tmp_path: Path) -> None:
     """What is written is kept; the same command goes on, and ends as the unbroken run did."""
     settings = SETTINGS | CASES["distill"] | write_problems(folder / "data", rows=64)
-    settings |= {"logging.run_dir": str(tmp_path / "run"), "checkpoint.resume": "auto"}
-    command = arguments("train", settings)
+    settings |= {"checkpoint.resume": "auto", "rollout.max_num_seqs": "2"}  # few problems between two writes
     written = tmp_path / "run" / "written.jsonl"
 
-    def start() -> Run:
-        return Run(tmp_path / "run", lambda: Ranks(small_blocks, 2, command))
-
-    with start() as run:
+    with start(tmp_path / "run", settings, "transformers") as run:
         run.wait_until(lambda: len(read_jsonl(written)) > 4)
         run.signal(signal.SIGKILL, rank=1)
         assert any(run.finish()[0])
     with written.open("a") as file:
         file.write('{"problem": "half of a')
     kept = read_jsonl(written)
-    with start() as run:
+    with start(tmp_path / "run", settings, "transformers") as run:
         run.wait_until(lambda: len(read_jsonl(written)) > len(kept))
         run.signal(signal.SIGTERM)
         statuses, output = run.finish()
         assert statuses == [0, 0], output
         assert outcome(tmp_path / "run") == "interrupted"
         assert not run.steps()
-    with start() as run:
+    with start(tmp_path / "run", settings, "transformers") as run:
         statuses, output = run.finish()
         assert statuses == [0, 0], output
     assert read_jsonl(written)[: len(kept)] == kept

@@ -74,7 +74,7 @@ def test_the_script_writes_disjoint_files_that_the_seed_decides(tmp_path: Path, 
         text = (tmp_path / "a" / name).read_text()
         assert text == (tmp_path / "b" / name).read_text()
         rows = [json.loads(line) for line in text.splitlines()]
-        assert all(set(row) == {"problem", "solution", "answer"} for row in rows)
+        assert all(set(row) == {"problem", "solution", "answer", "carries"} for row in rows)
         sides[name] = {frozenset(re.findall(r"\d+", row["problem"])) for row in rows}
         assert len({row["problem"] for row in rows}) == len(rows) == {"train.jsonl": 4096, "test.jsonl": 500}[name]
     assert not sides["train.jsonl"] & sides["test.jsonl"]

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_opsd.config import DataConfig, OpsdConfig, StarConfig
+from megatron_opsd.config import Config, DataConfig
 from megatron_opsd.data.datasets import (
     Dropped,
     check_data,
@@ -23,7 +23,7 @@ from megatron_opsd.data.datasets import (
 )
 from megatron_opsd.data.sampler import Sampler
 from megatron_opsd.errors import UserError
-from megatron_opsd.types import Example, Grade
+from megatron_opsd.types import Example
 
 BASE = Path(__file__).parents[2] / "examples" / "arithmetic" / "base"
 ROWS = [
@@ -182,16 +182,25 @@ def test_rows_need_what_the_method_reads(tmp_path: Path) -> None:
 
 def test_grades_that_no_response_can_get_are_refused() -> None:
     answered, open_ended = Example(0, "1+1?", "", "2"), Example(1, "Draw it.", "", None)
-    for method in (OpsdConfig(train_on=[Grade.RIGHT]), StarConfig()):
-        check_grades([answered, open_ended], method, "data.jsonl")
-    check_grades([open_ended], OpsdConfig(), "data.jsonl")
-    right, unknown = OpsdConfig(train_on=[Grade.RIGHT]), OpsdConfig(train_on=[Grade.UNKNOWN])
-    for example, method, setting in (
+
+    def config(**sections: Any) -> Config:
+        return Config.model_validate({"model": {"path": "unread"}, "data": {"path": "data.jsonl"}} | sections)
+
+    right, unknown = ({"method": {"train_on": [grade]}} for grade in ("right", "unknown"))
+    star, siblings = {"method": {"kind": "star"}}, {"method": {"context": "sibling"}}
+    curriculum = {"train": {"curriculum": {}}}
+    siblings |= {"rollout": {"samples_per_prompt": 2}}
+    for sections in (right, unknown, star, siblings, curriculum):
+        check_grades([answered, open_ended], config(**sections))
+    check_grades([open_ended], config())
+    for example, sections, setting in (
         (open_ended, right, 'method.train_on = ["right"]'),
         (answered, unknown, 'method.train_on = ["unknown"]'),
-        (open_ended, StarConfig(), "method.kind = 'star'"),
+        (open_ended, star, "method.kind = 'star'"),
+        (open_ended, siblings, "method.context = 'sibling'"),
+        (open_ended, curriculum, "train.curriculum"),
     ):
-        message = fail(lambda _, e=example, m=method: check_grades([e], m, "data.jsonl"), DataConfig(path="unread"))
+        message = fail(lambda _, e=example, s=sections: check_grades([e], config(**s)), DataConfig(path="unread"))
         assert message.startswith(f"{setting}: {example == answered:d} of 1 problems of data.jsonl")
 
 

@@ -55,7 +55,22 @@ def recipe_of(script: Path) -> Path:
 
 
 def test_every_recipe_has_a_script() -> None:
-    assert {recipe_of(script) for script in RECIPES} == set((ROOT / "examples").glob("qwen3_*.toml"))
+    """Of another method's recipe it is that of its size: RECIPE names the recipe."""
+    recipes, of_scripts = set((ROOT / "examples").glob("qwen3_*.toml")), {recipe_of(script) for script in RECIPES}
+    assert of_scripts < recipes
+    for toml in recipes - of_scripts:
+        config, plain = load_config(str(toml), {}), load_config(str(toml.with_stem("qwen3_1p7b")), {})
+        assert toml.stem == f"qwen3_1p7b_{config.method.kind}"
+        assert config.parallel == plain.parallel
+
+
+def test_another_recipe(tmp_path: Path) -> None:
+    script, paths = ROOT / "launch_scripts" / "opsd_qwen3_1p7b.sh", {"MODEL": "m", "DATA": "d"}
+    line = mistake(run(sys.executable, script, tmp_path, **TORCHRUN, **paths, RECIPE="qwen3_1p7b_ppo"))
+    assert "examples/qwen3_1p7b_ppo.toml: no such file" in line
+    asked = ("--rollout.samples_per_prompt", "1")  # which of the recipes only that of grpo refuses
+    line = mistake(run(sys.executable, script, tmp_path, *asked, **TORCHRUN, **paths, RECIPE="qwen3_1p7b_grpo"))
+    assert "method.kind = 'grpo' compares responses" in line
 
 
 @script

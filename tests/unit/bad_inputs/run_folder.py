@@ -1,6 +1,9 @@
 """Who may write to the run's folder, and whether it can be written to."""
 
+import json
 import shutil
+
+from megatron_opsd.config import TEACHER_TEMPLATE
 
 from . import Bad, Inputs
 
@@ -34,6 +37,21 @@ def not_torchrun(what: str, says: list[str], **environment: str) -> Bad:
 DISTILL = {"method.kind": "distill", "checkpoint.resume": "auto"}
 
 
+WRITTEN = json.dumps(
+    {
+        "train.seed": 0,
+        "prompts.teacher_template": TEACHER_TEMPLATE,
+        "prompts.student_thinking": False,
+        "rollout.max_response_tokens": 64,
+        "rollout.temperature": 1.1,
+        "rollout.top_p": 0.95,
+        "rollout.top_k": 20,
+        "rollout.samples_per_prompt": 1,
+        "the model": "other",
+    }
+)
+
+
 def written(what: str, says: list[str], first_line: str) -> Bad:
     """A row in which a run has begun to write responses before its first step."""
     return Bad(what, ["run/written.jsonl", *says], lambda i: i.write("run/written.jsonl", first_line), DISTILL)
@@ -43,6 +61,7 @@ ROWS = [
     left("responses that were written before the first step", "run/written.jsonl"),
     written("responses of other settings", ["train.seed = 7", "now is 0", "--logging.run_dir"], '{"train.seed": 7}\n'),
     written("responses without their settings", ["train.seed = None", "now is 0"], "[]\n"),
+    written("responses of another model", ["the model = 'other'", "--logging.run_dir"], f"{WRITTEN}\n"),
     written("responses that are none", ["written.jsonl:1", "not valid JSON"], "hello\n"),
     Bad("a name that is too long", ["logging.run_dir", "too long"], settings={"logging.run_dir": "x" * 300}),
     Bad("a link to nowhere inside", ["run/hf", "link to nowhere"], lambda i: link(i, "hf")),
