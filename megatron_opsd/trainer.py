@@ -117,7 +117,7 @@ class Trainer:
             update = optimizer_step(self.optimizer, self.schedule, losses.means()["loss"])
             if self.teacher and update.applied:
                 self.teacher.after_update(self.student.model_chunks)
-            if config.objective.entropy_share < 1:
+            if config.objective.entropy_share < 1 and update.applied:
                 progress.entropy_threshold = losses.entropy_threshold(config.objective.entropy_share)
             self._count_step(groups)  # from here on there is something to save
         if config.method.writes_rollouts:
