@@ -120,7 +120,7 @@ class Run:
         try:
             self.watchdog.enter("rollout")
             while left := self.trainer.prepare(lambda: self.preemption.received):
-                writer.say(f"responses are written before the first step; {left} problems are left")
+                writer.say(f"the teacher's responses: {left} problems are left to write")
                 self.watchdog.enter("rollout")
             while True:
                 self.evaluate_if_due(writer)
@@ -214,6 +214,8 @@ class Run:
 
 def how_to_go_on(step: int, saved_step: int) -> str:
     """What a person who has interrupted the run does next."""
+    if step == 0:
+        return "no step is done; to go on, give the same command with --checkpoint.resume auto"
     if saved_step < step:
         return f"nothing is saved of the steps after {saved_step} (checkpoint.save_interval = 0)"
     return f"saved after step {step}; to go on, give the same command with --checkpoint.resume auto"

@@ -177,6 +177,16 @@ class Config(Section):
             self._check_opsd(method)
         if self.teacher.kind == "live" and self.teacher.placement == "offload":
             raise ValueError("teacher.kind = 'live' has no weights of its own; remove teacher.placement")
+        if not (method.has_teacher or method.samples_tokens) and self.objective.temperature != 1:
+            raise ValueError(
+                f"{kind} learns log-likelihoods, which objective.temperature = {self.objective.temperature:g} would "
+                "change; set it to 1.0"
+            )
+        if samples > 1 and self.rollout.temperature == 0:
+            raise ValueError(
+                f"rollout.temperature = 0 writes the same response {samples} times; raise it, or set "
+                "rollout.samples_per_prompt = 1"
+            )
         self._check_sampling(method)
         if self.train.curriculum is not None and not method.writes_rollouts:
             raise ValueError(f"{kind}: train.curriculum goes by the student's answers, and it writes none; remove it")

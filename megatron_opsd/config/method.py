@@ -59,15 +59,18 @@ class OpsdConfig(_Method):
     """The method: `opsd`, On-Policy Self-Distillation; `grpo`, reinforcement learning by groups; `star`, fine-tuning on
     the student's right answers; `sft`, on the data's solutions; `distill`, off-policy distillation."""
     loss: Literal["divergence", "sampled_token"] = "divergence"
-    """`divergence` compares whole distributions ([objective]); `sampled_token` is the policy gradient of the sampled
-    tokens, with log q - log p as their advantages."""
+    """Of `opsd`. `divergence` compares whole distributions ([objective]); `sampled_token` is the policy gradient of the
+    sampled tokens, with log q - log p as their advantages."""
     context: Literal["solution", "answer", "sibling", "shuffled", "nothing"] = "solution"
-    """What the teacher sees besides the problem: the reference solution, its final answer alone, or `sibling`, another
-    right response of the student. Controls: `shuffled`, another problem's solution; `nothing`, the student's prompt."""
+    """Of `opsd`. What the teacher sees besides the problem: the reference solution, its final answer alone, or
+    `sibling`, another right response of the student. Controls: `shuffled`, another problem's solution; `nothing`, the
+    student's prompt."""
     no_sibling: Literal["solution", "skip"] = "solution"
-    """For context `sibling`, where a response has none: show the reference solution, or learn nothing from it."""
+    """Of `opsd` with context `sibling`, where a response has none: show the reference solution, or learn nothing from
+    the response."""
     train_on: list[Annotated[Grade, Field(strict=False)]] = list(Grade)  # noqa: RUF012 - pydantic copies it
-    """Which responses are learned from. `unfinished` ones were cut at the limit; `unknown`: the data has no answer."""
+    """Of `opsd`. Which responses are learned from. `unfinished` ones were cut at the limit; `unknown`: the data has no
+    answer. Such as ["right", "wrong"]."""
 
     @property
     def reads(self) -> Reads:
@@ -99,9 +102,9 @@ class GrpoConfig(_Method):
     kind: Literal["grpo"] = "grpo"
     """Group Relative Policy Optimization."""
     scale_by_std: bool = True
-    """Divide a group's advantages by the standard deviation of its rewards."""
+    """Of `grpo`. Divide a group's advantages by the standard deviation of its rewards."""
     drop_groups_without_signal: bool = False
-    """Leave groups whose rewards are all equal out of the divisor too; they have no gradient either way."""
+    """Of `grpo`. Leave groups whose rewards are all equal out of the divisor too; they have no gradient either way."""
 
     @property
     def reads(self) -> Reads:
@@ -122,7 +125,8 @@ class StarConfig(_Method):
     kind: Literal["star"] = "star"
     """Self-Taught Reasoner."""
     rationalize: bool = True
-    """Let the student answer once more, with the solution in sight, where it failed; learn from these if right."""
+    """Of `star`. Let the student answer once more, with the solution in sight, where it failed; learn from these
+    answers if they are right."""
 
     @property
     def reads(self) -> Reads:
@@ -154,8 +158,8 @@ class DistillConfig(_Method):
     kind: Literal["distill"] = "distill"
     """Off-policy distillation."""
     responses: Literal["teacher", "data"] = "teacher"
-    """`teacher`: what the initial weights write with the solution in sight, once, before the first step. `data`: the
-    data's solutions."""
+    """Of `distill`. `teacher`: what the initial weights write with the solution in sight, once, before the first step.
+    `data`: the data's solutions."""
 
     @property
     def reads(self) -> Reads:

@@ -55,7 +55,7 @@ class DataConfig(Section):
     problem_column: str = "problem"
     """Column with the problem."""
     solution_column: str = "solution"
-    """Column with the worked reference solution, which only the teacher sees."""
+    """Column with the worked reference solution, which the student does not see (`sft` learns to write it)."""
     answer_column: str | None = None
     """Column with the final answer. Without one it is read from the solution (last \\boxed{}, or `#### 72`)."""
     difficulty_column: str | None = None
@@ -123,7 +123,7 @@ class ObjectiveConfig(Section):
     """Mean over all response tokens of the global batch; mean of the sequences' means; or `constant`, mean of the
     sequences' sums over the longest response that the limits allow."""
     position_weights: Literal["even", "rising", "falling"] = "even"
-    """Weigh a response's tokens by their place, linearly, with mean 1."""
+    """Weigh a response's tokens by their place: `even`, or linearly `rising` or `falling` with mean 1."""
     entropy_share: Fraction = 1.0
     """Learn only from this share of the tokens: those of which the student is least sure. Which entropy is enough comes
     from the step before; the first step keeps all. The mean is over what is kept (`constant`: as without)."""
@@ -174,7 +174,9 @@ class OptimConfig(Section):
 
 class CurriculumConfig(Section):
     window: Fraction = 0.25
-    """Share of the problems, the easiest ones, that steps draw from at first."""
+    """Share of the problems, the easiest ones, that steps draw from at first. Off unless a setting of train.curriculum
+    is given. Easy: low data.difficulty_column, or else a high share of right responses so far (at first, the file's
+    order)."""
     growth: Fraction = 0.25
     """How much the window grows, as a share of all problems."""
     accuracy: Annotated[float, Field(ge=0, lt=1)] = 0.7

@@ -86,7 +86,8 @@ def check_grades(examples: Sequence[Example], config: Config) -> None:
     """Raise `UserError` where grades matter and no response to any of the examples could get one that helps."""
     method, path = config.method, config.data.path
     answered = sum(example.answer is not None for example in examples)
-    found, remedy = f"{answered} of {len(examples)} problems of {path} have an answer", "set data.answer_column"
+    found = f"{answered} of {len(examples)} problems of {path} have an answer"
+    remedy = r"set data.answer_column, or end the solutions with \boxed{answer}"
     possible = set[Grade]()
     if answered:
         possible |= {Grade.RIGHT, Grade.WRONG, Grade.UNFINISHED}
@@ -96,7 +97,8 @@ def check_grades(examples: Sequence[Example], config: Config) -> None:
     if isinstance(method, OpsdConfig):
         setting = f"method.train_on = {json.dumps(method.train_on)}"
     if not possible & set(method.learns_from):
-        raise UserError(f"{setting}: {found}, so no response gets a grade to learn from; {remedy}, or other grades")
+        remedy += ", or name other grades" if isinstance(method, OpsdConfig) else ""
+        raise UserError(f"{setting}: {found}, so no response gets a grade to learn from; {remedy}")
     if config.reads_grades and not answered:
         setting = "train.curriculum" if config.train.curriculum else "method.context = 'sibling'"
         raise UserError(f"{setting}: {found}, so no response can be right; {remedy}, or remove it")

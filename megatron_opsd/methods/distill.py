@@ -5,7 +5,7 @@ prompt, before the first step; they stay in the run's folder, and a run that goe
 ``responses = "data"``: the data's solutions. Either way the student sees the problem alone, and the loss is the
 divergence from the teacher, who sees the solution too (Hinton et al., arXiv 1503.02531, token by token).
 
-It cannot show the student its own mistakes, as sft cannot. All responses are learned from, right or wrong.
+Like sft, it cannot show the student its own mistakes. All responses are learned from, right or wrong.
 """
 
 import copy

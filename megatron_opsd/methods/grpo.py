@@ -6,8 +6,8 @@ division, and with ``objective.normalization = "constant"``, it is Dr. GRPO (arX
 groups without signal dropped it has DAPO's divisor (arXiv 2503.14476), but no other problems are drawn in their place.
 
 Departures: one update a batch, so that the ratio to the policy that wrote is 1 and its clip has no effect; no KL to a
-reference policy (neither has the paper's baseline: beta = 0); no reward for the format. It cannot learn from a problem
-that the student always or never solves: such a group has no gradient.
+reference policy (the baseline of arXiv 2601.18734 has none either); no reward for the format. It cannot learn from a
+problem that the student always or never solves: such a group has no gradient.
 """
 
 from collections.abc import Callable

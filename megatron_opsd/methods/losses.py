@@ -18,6 +18,6 @@ def policy_gradient(config: Config, advantage: Advantage) -> SampledToken:
     return SampledToken(config.objective.temperature, advantage, config.objective.importance_cap)
 
 
-def log_likelihood(config: Config) -> SampledToken:
-    """Of the tokens, at the loss's temperature: advantage 1."""
-    return SampledToken(config.objective.temperature)
+def log_likelihood() -> SampledToken:
+    """Of the tokens: advantage 1."""
+    return SampledToken()

@@ -5,7 +5,7 @@ have come next. With context ``sibling`` the teacher sees another right answer o
 a problem that is verified group self-distillation, which the paper leaves to future work (see SDPO, arXiv 2601.20802).
 
 Departures from the paper: all parameters learn (there: LoRA), and the default clip is ``saturate`` (docs/evidence.md
-says why). It cannot learn from a problem whose teacher is as lost as its student: grades choose which answers are
+says why). It cannot learn from a problem that the teacher cannot solve either: grades choose which answers are
 learned from, but add no signal of their own.
 """
 

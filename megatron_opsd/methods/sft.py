@@ -21,7 +21,7 @@ from megatron_opsd.types import Group
 class SFT(Method):
     def __init__(self, config: Config, sampler: Sampler, prompts: PromptBuilder) -> None:
         self._problems, self._sampler, self._prompts = config.train.global_batch_size, sampler, prompts
-        self.loss: TokenLoss = log_likelihood(config)
+        self.loss: TokenLoss = log_likelihood()
 
     def collect(self, step: int, should_abort: Callable[[], bool]) -> list[Group]:
         return solutions(self._sampler.next_batch(self._problems), self._prompts, step)

@@ -5,8 +5,8 @@ Right answers of both kinds are learned from, by their log-likelihood after the 
 
 Departures: the prompt of a rationalisation shows the whole solution (there: the answer as a hint) in the wording of
 ``prompts.teacher_template``; the weights go on from step to step (there: each round begins from the first model);
-answers are sampled, with ``rollout.temperature`` (there: greedy). It cannot learn from a wrong answer that it did not
-mend, and says nothing of where an answer went wrong.
+answers are sampled, with ``rollout.temperature`` (there: greedy). It cannot learn from a wrong answer that it did
+not correct, and it does not say where an answer went wrong.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ class STaR(Method):
         self._method, self._sampler, self._writer = method, sampler, writer
         self._seed, self._responses = config.train.seed, config.train.global_batch_size
         self._problems = config.problems_per_step
-        self.loss: TokenLoss = log_likelihood(config)
+        self.loss: TokenLoss = log_likelihood()
 
     def collect(self, step: int, should_abort: Callable[[], bool]) -> list[Group]:
         groups = self._writer.answer(self._sampler.next_batch(self._problems), step, should_abort)

@@ -37,6 +37,7 @@ def meaning(config: Config) -> dict[str, Any]:
     """The settings that a run must keep to stay the same training, by their dotted names."""
     sections = config.model_dump(mode="json", include=_MEANING)
     sections["train"] = config.train.model_dump(mode="json", include={"seed", "curriculum"})
+    sections["data"] = config.data.model_dump(mode="json", include={"difficulty_column"})
     sections["evaluate"] = config.evaluate.model_dump(mode="json", include={"answer_check"})
     settings = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
     return {name: value for name, value in settings.items() if name not in _unread(config)}

@@ -116,6 +116,7 @@ class MetricsWriter:
         if not result.metrics["samples"]:
             grades = Counter(grade for group in result.groups for grade in group.grades)
             found = ", ".join(f"{count} {grade}" for grade, count in grades.items())
+            found += ", the same in each group" if result.metrics.get("groups_without_signal") == 1 else ""
             self.warn([f"step {step}: no response to learn from ({found}); weights unchanged"])
         scores = _scores(result.metrics)
         self._progress.update(self._task, completed=step, scores=scores)

@@ -88,6 +88,14 @@ def test_no_mistakes(config: list[str], capsys: pytest.CaptureFixture[str]) -> N
             ["samples nothing", "samples_per_prompt"],
         ),
         (["--method.context", "sibling"], ["'sibling' shows another", "rollout.samples_per_prompt to 2 or more"]),
+        (
+            ["--method.kind", "sft", "--objective.temperature", "1.1"],
+            ["method.kind = 'sft' learns log-likelihoods", "objective.temperature = 1.1", "set it to 1.0"],
+        ),
+        (
+            ["--rollout.samples_per_prompt", "4", "--rollout.temperature", "0"],
+            ["rollout.temperature = 0 writes the same response 4 times", "rollout.samples_per_prompt = 1"],
+        ),
         (["--method.no_sibling", "skip"], ["method.no_sibling is for method.context = 'sibling'", "remove"]),
         (
             ["--objective.entropy_share", "0.5", "--objective.normalization", "sequence"],
