@@ -91,7 +91,7 @@ def draw(runs: list[Run], path: Path) -> None:
     for axes, label in ((over_steps, "optimizer steps"), (over_tokens, "tokens written by the engine, log scale")):
         finish(axes, label)
     over_tokens.set_xscale("log")
-    over_steps.set_ylabel("held-out problems solved, sampled at temperature 1")
+    over_steps.set_ylabel("held-out problems solved, sampled (T = 1)")
     figure.legend(loc="outside lower center", ncols=len(methods), frameon=False)
     figure.savefig(path, dpi=110)
 
