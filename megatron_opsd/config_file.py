@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from megatron_opsd.config import Config, Section
+from megatron_opsd.config import Config, MethodConfig, Section
 from megatron_opsd.errors import UserError
 from megatron_opsd.files import parse_toml, read_text
 
@@ -147,15 +147,17 @@ def _explain(error: ValidationError, path: str, overrides: dict[str, str]) -> st
         del parts[1:2]  # pydantic's tag of the union
     name = ".".join(parts)
     where = f"--{name}" if name in overrides else f"{path}: {name}"
+    methods = {section.model_fields["kind"].default: section for section in _sections_of(MethodConfig)}
     if first["type"] == "union_tag_invalid":
-        kinds = [
-            section.model_fields["kind"].default for section in _sections_of(Config.model_fields["method"].annotation)
-        ]
-        return f"{path}: method.kind = {first.get('ctx', {})['tag']!r}: must be one of {', '.join(kinds)}"
+        return f"{path}: method.kind = {first.get('ctx', {})['tag']!r}: must be one of {', '.join(methods)}"
     if first["type"] in ("union_tag_not_found", "model_type", "dict_type") and parts == ["method"]:
         return f"{path}: method = {first['input']!r}: must be a section, [method] with a kind"
     if first["type"] == "extra_forbidden" and name in fields():
-        return f"{where}: the method {first['loc'][1]!r} has no such setting; remove it"
+        owner = next(kind for kind, section in methods.items() if parts[-1] in section.model_fields)
+        return (
+            f"{where}: the method {first['loc'][1]!r} has no such setting, {owner!r} has; remove it, or set method.kind = "
+            f"{owner!r}"
+        )
     if first["type"] == "extra_forbidden":
         sections = {key.rpartition(".")[0] for key in fields()} - {""}
         return f"{where}: unknown key; the nearest valid one is {nearest_name(name, [*fields(), *sections], fields())}"

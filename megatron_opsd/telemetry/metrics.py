@@ -118,6 +118,8 @@ class MetricsWriter:
             found = ", ".join(f"{count} {grade}" for grade, count in grades.items())
             found += ", the same in each group" if result.metrics.get("groups_without_signal") == 1 else ""
             self.warn([f"step {step}: no response to learn from ({found}); weights unchanged"])
+        elif result.metrics.get("groups_without_signal") == 1 and result.metrics["grad_norm"] == 0:
+            self.warn([f"step {step}: no gradient: in each group all responses are right, or none is"])
         scores = _scores(result.metrics)
         self._progress.update(self._task, completed=step, scores=scores)
         if self._progress.disable:

@@ -160,6 +160,8 @@ def test_groups(folder: Path) -> None:
             assert line["samples"] == (4 * sum(signals) if name == "grpo-dropped" else 8)
             with_signal += sum(signals)
         assert (with_signal > 0) == (name != "grpo-no-signal")
+    texts = [event.get("text", "") for event in read_jsonl(folder / "grpo-no-signal" / "events.jsonl")]
+    assert sum("no gradient: in each group" in text for text in texts) == 2
 
 
 def test_star_learns_from_right_answers_of_both_kinds(folder: Path) -> None:

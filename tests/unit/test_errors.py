@@ -109,6 +109,7 @@ def test_no_mistakes(config: list[str], capsys: pytest.CaptureFixture[str]) -> N
         ),
         (["--data.difficulty_column", "carries"], ["data.difficulty_column is for train.curriculum", "remove"]),
         (["--method.kind", "sft", "--method.context", "answer"], ["--method.context", "'sft' has no such setting"]),
+        (["--method.rationalize", "false"], ["'opsd' has no such setting, 'star' has", "set method.kind = 'star'"]),
         (["--method.contxt", "answer"], ["--method.contxt: unknown option", "--method.context"]),
         (["--method.train_on", '["rite"]'], ["method.train_on.0 = 'rite'", "'right'"]),
         (["--method.train_on", "[]"], ["method.train_on = []", "name a grade"]),
