@@ -155,8 +155,8 @@ def _explain(error: ValidationError, path: str, overrides: dict[str, str]) -> st
     if first["type"] == "extra_forbidden" and name in fields():
         owner = next(kind for kind, section in methods.items() if parts[-1] in section.model_fields)
         return (
-            f"{where}: the method {first['loc'][1]!r} has no such setting, {owner!r} has; remove it, or set method.kind = "
-            f"{owner!r}"
+            f"{where}: the method {first['loc'][1]!r} has no such setting, {owner!r} has; remove it, or set "
+            f"method.kind = {owner!r}"
         )
     if first["type"] == "extra_forbidden":
         sections = {key.rpartition(".")[0] for key in fields()} - {""}
