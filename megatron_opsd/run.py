@@ -118,7 +118,6 @@ class Run:
         progress, interval = self.trainer.progress, self.config.checkpoint.save_interval
         interrupted_by = ""
         try:
-            self.watchdog.enter("rollout")
             while left := self.trainer.prepare(lambda: self.preemption.received):
                 writer.say(f"the teacher's responses: {left} problems are left to write")
                 self.watchdog.enter("rollout")
