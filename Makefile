@@ -35,7 +35,7 @@ demo: setup
 	$(BIN)/opsd train $(ARITHMETIC)/opsd.toml --nproc 2
 	$(BIN)/python $(ARITHMETIC)/report.py runs/arithmetic/opsd
 
-# What protects the numbers, and each failure once: some ten minutes on two cores.
+# What protects the numbers, and each failure once: twenty to thirty minutes on two cores.
 test: setup
 	$(UNIT_TESTS)
 	$(PYTEST) tests/distributed tests/gpu
