@@ -19,7 +19,7 @@ class _Method(Section):
     @property
     def reads(self) -> Reads:
         """What a row of the data must have."""
-        raise NotImplementedError
+        return "solution"
 
     @property
     def teacher_sees(self) -> Literal["nothing", "answer", "solution"]:
@@ -147,10 +147,6 @@ class SftConfig(_Method):
     kind: Literal["sft"] = "sft"
     """Supervised fine-tuning."""
 
-    @property
-    def reads(self) -> Reads:
-        return "solution"
-
 
 class DistillConfig(_Method):
     has_teacher: ClassVar[bool] = True
@@ -160,10 +156,6 @@ class DistillConfig(_Method):
     responses: Literal["teacher", "data"] = "teacher"
     """Of `distill`. `teacher`: what the initial weights write with the solution in sight, once, before the first step.
     `data`: the data's solutions."""
-
-    @property
-    def reads(self) -> Reads:
-        return "solution"
 
     @property
     def teacher_sees(self) -> Literal["nothing", "answer", "solution"]:
